@@ -1,0 +1,51 @@
+# Every target does its own set-up in .venv; nothing else on the machine is touched.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test chaos check bench proto lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Nearloop needs Python 3.11, 3.12 or 3.13: install one, or say make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up .venv with $(PYTHON) (once; about a minute) ..."
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## agents answer questions through the whole real path; ARGS='--ask "how do I ..."'
+	@$(BIN)/nearloop demo $(ARGS)
+
+test: $(READY) ## the fast tests, on a real nats-server and a real Triton
+	$(BIN)/python -m pytest -q -m "not chaos" $(ARGS)
+
+chaos: $(READY) ## kill -9 of every part in mid-work, 300 jobs each
+	$(BIN)/python -m pytest -q -m chaos $(ARGS)
+
+check: $(READY) ## ruff, mypy --strict, generated code fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -P tests/check_proto.py
+
+bench: $(READY) ## the path beside a hand-written floor; ARGS='--quick'
+	@$(BIN)/python -P -m tests.bench $(ARGS)
+
+proto: $(READY) ## regenerate the Python code of proto/
+	$(BIN)/python -P tests/check_proto.py --write
+
+lock: $(READY) ## resolve requirements.lock anew
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --override config/lock-overrides.txt --generate-hashes --no-annotate --no-header -o requirements.lock
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,280 @@
+"""Protocols between the kernel or the workers and the edges. What crosses is a value from `types` or an error from `errors`."""
+
+from asyncio import Future
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.types import (
+    Completed,
+    Job,
+    JobStatus,
+    Kind,
+    Lane,
+    Payload,
+    Step,
+    StepEvent,
+    StepResult,
+    Target,
+    TargetStatus,
+    WorkerInfo,
+)
+
+
+class Subscription(Protocol):
+    async def close(self) -> None: ...
+
+
+class StepService(Protocol):
+    """What the ingress needs of the kernel. Steps are checked by then: identity, ids, sizes, target and input.
+
+    Everything raises the errors of `gateway.errors`; a result that is not DONE is raised as the error that it stands for.
+    """
+
+    async def execute(self, step: Step) -> Completed: ...
+
+    def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
+        """Events, then the result as the last item."""
+        ...
+
+    async def submit(self, step: Step) -> tuple[JobStatus, bool]:
+        """Returns the job and whether this call stored it. step.id is replaced by the job's id. Raises AlreadyExists."""
+        ...
+
+    async def job(self, tenant: str, job_id: str) -> JobStatus: ...
+
+    def watch(self, tenant: str, job_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]: ...
+
+    async def cancel(self, tenant: str, job_id: str) -> JobStatus: ...
+
+    def target(self, kind: Kind, name: str) -> Target | None: ...
+
+    def targets(self, kind: Kind | None = None) -> Sequence[TargetStatus]: ...
+
+
+class GatewayBus(Protocol):
+    """What a gateway needs of the transport. Everything raises `Unavailable` when the transport is down for too long."""
+
+    async def start(self) -> None:
+        """Connects, creates or checks streams and consumers, loads the live catalogue.
+
+        Raises TopologyMismatch, Unavailable.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+    @property
+    def connected(self) -> bool: ...
+
+    def execute(self, step: Step, region: str) -> "Future[StepResult]":
+        """Stores the step in the region's queue; the future ends with its result, whatever the status.
+
+        It raises Rejected (reason QUEUE_FULL), InvalidStep (too large for the transport) or Unavailable (not known to be stored
+        after retries with the same id). A reply that was lost is found again in the results stream. Cancelling the future forgets the
+        step here and nothing else.
+        """
+        ...
+
+    async def submit(self, job: Job) -> tuple[Job, bool]:
+        """Stores job record and step in one atomic batch; returns when both are durable.
+
+        Returns the stored job and True, or the job that was there already and False. Raises Rejected (QUEUE_FULL), InvalidStep.
+        """
+        ...
+
+    async def job(self, tenant: str, job_id: str) -> Job | None: ...
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None: ...
+
+    async def is_queued(self, step: Step, region: str) -> bool:
+        """True while the step is stored in its queue: waiting for a worker, or held by one that has not acknowledged it."""
+        ...
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool:
+        """Stores the result if the step has none yet, for keep_s seconds; False when another one was first."""
+        ...
+
+    async def withdraw(self, step: Step, region: str) -> None:
+        """Removes the step from the queue and tells the worker that may execute it to stop."""
+        ...
+
+    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
+        """Calls on_event for each event from now on. The subscription is active at the server when this returns."""
+        ...
+
+    async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
+        """The events that the executing worker remembers: those after after_sequence when its attempt is `attempt`, else all.
+
+        Empty when no worker executes the step.
+        """
+        ...
+
+    def targets(self) -> Mapping[str, Target]:
+        """The live catalogue by scope (`tool.docs`), as workers announced it."""
+        ...
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        """Workers whose heartbeat is fresh."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A lane of a target's queue in a region. priority 0 is served first; higher numbers only when no lower one waits."""
+
+    region: str
+    kind: Kind
+    target: str
+    lane: Lane
+    priority: int = 0
+
+
+class Delivery(Protocol):
+    """A step that this worker holds. Ends in exactly one of ack and nak."""
+
+    @property
+    def step(self) -> Step: ...
+
+    @property
+    def queue(self) -> Queue: ...
+
+    @property
+    def attempt(self) -> int:
+        """From 1; counts deliveries, those that were handed back included."""
+        ...
+
+    @property
+    def queued_us(self) -> int:
+        """From being stored until it was delivered here, microseconds."""
+        ...
+
+    @property
+    def pending(self) -> int:
+        """Messages of this lane that wait behind it."""
+        ...
+
+    @property
+    def reply_to(self) -> str:
+        """Subject of the gateway that waits for the result, or empty."""
+        ...
+
+    def ack(self) -> None:
+        """Ends the step: it leaves the queue. Only after its result is committed."""
+        ...
+
+    def nak(self, delay_s: float = 0.0) -> None:
+        """Hands the step back, to be delivered again after delay_s."""
+        ...
+
+    def in_progress(self) -> None:
+        """Extends the hold by another AckWait."""
+        ...
+
+
+class Puller(Protocol):
+    """A pull loop on one queue."""
+
+    @property
+    def credits(self) -> int:
+        """Messages that have been asked for and have not come yet."""
+        ...
+
+    def want(self, credits: int) -> None:
+        """Asks for messages until `credits` are outstanding. Renewed inside when a pull expires, fails or the server restarts."""
+        ...
+
+    async def close(self) -> None:
+        """Stops asking and returns when no message can come any more."""
+        ...
+
+
+class WorkerBus(Protocol):
+    """What a worker needs of the transport."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None:
+        """Flushes acknowledgements and results, then disconnects."""
+        ...
+
+    @property
+    def connected(self) -> bool: ...
+
+    async def announce(self, targets: Sequence[Target]) -> None:
+        """Publishes what is known about targets to the live catalogue and makes sure that their queues exist in every region."""
+        ...
+
+    async def heartbeat(self, info: WorkerInfo) -> None: ...
+
+    async def retire(self, info: WorkerInfo) -> None:
+        """Removes the worker from the live list at once."""
+        ...
+
+    async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> Puller: ...
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None: ...
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool: ...
+
+    async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
+        """Writes the one entry for the step to the dead-letter stream, with its input and the reason. Repeatable."""
+        ...
+
+    def reply(self, subject: str, result: StepResult) -> None:
+        """Sends the committed result to the gateway that waits."""
+        ...
+
+    def publish_event(self, tenant: str, event: StepEvent) -> None: ...
+
+    async def on_cancel(self, callback: Callable[[str, str], None]) -> Subscription:
+        """Calls callback(tenant, step_id) for each cancellation."""
+        ...
+
+    async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
+        """Answers replay requests: answer(tenant, step_id, attempt, after_sequence) is None for a step not executed here."""
+        ...
+
+
+class Work(Protocol):
+    """What an executor gets. Cancellation arrives as asyncio.CancelledError."""
+
+    @property
+    def step(self) -> Step: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    def remaining_s(self) -> float:
+        """Time left until the step's deadline, at least 0."""
+        ...
+
+    def emit(self, token: Payload) -> None:
+        """Streams a piece of output."""
+        ...
+
+    def progress(self, fraction: float, message: str) -> None:
+        """Says how far the work is; fraction from 0 to 1."""
+        ...
+
+
+class Executor(Protocol):
+    """Executes the steps of one kind of worker."""
+
+    async def start(self) -> None:
+        """Connects. Raises Unavailable when the part behind it is not ready; the worker then waits and tries again."""
+        ...
+
+    async def close(self) -> None: ...
+
+    def targets(self) -> Sequence[Target]:
+        """What can be executed now; known after start()."""
+        ...
+
+    def ready(self, target: str) -> bool:
+        """False while work for the target should stay in the queue."""
+        ...
+
+    def execute(self, work: Work) -> Awaitable[Payload]:
+        """Raises StepFailed or InvalidStep (the step ends with that), Unavailable (the step goes back to the queue)."""
+        ...

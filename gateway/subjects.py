@@ -1,0 +1,129 @@
+"""Every subject, stream, bucket and header name of Nearloop. Pure.
+
+    nl.step.<region>.<kind>.<target>.<lane>.<id>   a step waiting for a worker       stream NL_STEPS_<REGION>
+    nl.job.<region>.<tenant>.<id>                  the record of a submitted step    stream NL_STEPS_<REGION>
+    nl.result.<tenant>.<id>                        the one result of a step          stream NL_RESULTS
+    nl.dead.<region>.<kind>.<target>.<id>          a step that was given up          stream NL_DEAD
+    nl.reply.<gateway>.<id>                        a result to the gateway that waits for it, core NATS
+    nl.event.<tenant>.<id>                         started, tokens, progress, ended, core NATS
+    nl.replay.<tenant>.<id>                        asks the executing worker for its events again, core NATS request
+    nl.cancel.<tenant>.<id>                        tells the executing worker to stop, core NATS
+
+Only ids that `is_id` accepts enter a subject, so no subject holds a wildcard, a space or a dot that is not ours.
+A step and its job record share a stream, since an atomic batch cannot cross streams.
+"""
+
+import hashlib
+import re
+
+from gateway.types import Kind, Lane
+
+ID_RULE = "1 to 64 letters, digits, '-' or '_'"
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+RESULTS_STREAM = "NL_RESULTS"
+DEAD_STREAM = "NL_DEAD"
+RESULTS_SUBJECT = "nl.result.>"
+DEAD_SUBJECT = "nl.dead.>"
+TARGETS_BUCKET = "nl-targets"  # key <kind>.<target>: what workers say about a target, JSON
+WORKERS_BUCKET = "nl-workers"  # key <region>.<worker>: heartbeats, JSON, gone when they stop
+
+# Headers of a step message; the body is the input as sent.
+H_MSG_ID = "Nats-Msg-Id"
+H_TENANT = "Nl-Tenant"
+H_RUN = "Nl-Run"
+H_DEADLINE = "Nl-Deadline-Ms"  # wall clock, milliseconds since 1970
+H_CONTENT_TYPE = "Nl-Content-Type"
+H_KEY = "Nl-Idempotency-Key"
+H_REPLY = "Nl-Reply"  # subject that waits for the result
+H_STREAM = "Nl-Stream"  # "1": publish tokens as they come
+H_CLIENT_REGION = "Nl-Client-Region"
+H_DIGEST = "Nl-Digest"  # of a job's kind, target and input
+H_TRACEPARENT = "traceparent"
+H_TRACESTATE = "tracestate"
+# Headers of a result message; the body is the output.
+H_STATUS = "Nl-Status"
+H_ATTEMPT = "Nl-Attempt"
+H_REGION = "Nl-Region"
+H_WORKER = "Nl-Worker"
+H_QUEUE_US = "Nl-Queue-Us"
+H_SERVICE_US = "Nl-Service-Us"
+H_CODE = "Nl-Code"
+H_REASON = "Nl-Reason"
+H_MESSAGE = "Nl-Message"
+# Headers of an event message; the body is a token.
+H_EVENT = "Nl-Event"
+H_SEQUENCE = "Nl-Sequence"
+H_FRACTION = "Nl-Fraction"
+
+
+def is_id(text: str) -> bool:
+    return _ID.fullmatch(text) is not None
+
+
+def steps_stream(region: str) -> str:
+    return f"NL_STEPS_{region.upper().replace('-', '_')}"
+
+
+def steps_stream_subjects(region: str) -> list[str]:
+    return [f"nl.step.{region}.>", f"nl.job.{region}.>"]
+
+
+def step(region: str, kind: Kind, target: str, lane: Lane, step_id: str) -> str:
+    return f"nl.step.{region}.{kind.value}.{target}.{lane.value}.{step_id}"
+
+
+def queue_filter(region: str, kind: Kind, target: str, lane: Lane) -> str:
+    return f"nl.step.{region}.{kind.value}.{target}.{lane.value}.*"
+
+
+def consumer(kind: Kind, target: str, lane: Lane) -> str:
+    """Durable name of the consumer for a lane of a queue; the stream gives the region."""
+    return f"{kind.value}-{target}-{lane.value}"
+
+
+def job(region: str, tenant: str, step_id: str) -> str:
+    return f"nl.job.{region}.{tenant}.{step_id}"
+
+
+def result(tenant: str, step_id: str) -> str:
+    return f"nl.result.{tenant}.{step_id}"
+
+
+def dead(region: str, kind: Kind, target: str, step_id: str) -> str:
+    return f"nl.dead.{region}.{kind.value}.{target}.{step_id}"
+
+
+def reply(gateway: str, step_id: str) -> str:
+    return f"nl.reply.{gateway}.{step_id}"
+
+
+def replies(gateway: str) -> str:
+    return f"nl.reply.{gateway}.*"
+
+
+def event(tenant: str, step_id: str) -> str:
+    return f"nl.event.{tenant}.{step_id}"
+
+
+def replay(tenant: str, step_id: str) -> str:
+    return f"nl.replay.{tenant}.{step_id}"
+
+
+def cancel(tenant: str, step_id: str) -> str:
+    return f"nl.cancel.{tenant}.{step_id}"
+
+
+def job_id(region: str, tenant: str, kind: Kind, target: str, key: str) -> str:
+    """The id of the job for an idempotency key, always the same: `<region>-<32 hex digits>`.
+
+    The key is scoped to tenant and target. The region says which stream holds the record; it is the target's home region, so that
+    every gateway finds the same job.
+    """
+    words = "\x00".join((tenant, kind.value, target, key))
+    return f"{region}-{hashlib.sha256(words.encode()).hexdigest()[:32]}"
+
+
+def job_region(step_id: str) -> str:
+    """The region in a job's id; empty when it has none."""
+    return step_id.rpartition("-")[0]
