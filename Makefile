@@ -38,7 +38,7 @@ check: $(READY) ## ruff, mypy --strict, generated code fresh
 	$(BIN)/python -P tests/check_proto.py
 
 bench: $(READY) ## the path beside a hand-written floor; ARGS='--quick'
-	@$(BIN)/python -P -m tests.bench $(ARGS)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 proto: $(READY) ## regenerate the Python code of proto/
 	$(BIN)/python -P tests/check_proto.py --write

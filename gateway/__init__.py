@@ -1,0 +1,66 @@
+"""The public names of Nearloop: all that a plugin imports."""
+
+from gateway.errors import (
+    AlreadyExists,
+    Cancelled,
+    Expired,
+    InvalidStep,
+    NearloopError,
+    NotFound,
+    Rejected,
+    StepFailed,
+    Unauthenticated,
+    Unavailable,
+)
+from gateway.hookspec import hookimpl
+from gateway.policy import (
+    ADMIT,
+    Admit,
+    BatchView,
+    Decision,
+    Ending,
+    OnError,
+    PolicyType,
+    Reject,
+    Sample,
+    ScopeView,
+    Slot,
+    TraceSummary,
+)
+from gateway.types import Endpoint, Flow, Kind, Lane, Payload, Status, Step, StepResult, Target
+
+__all__ = [
+    "ADMIT",
+    "Admit",
+    "AlreadyExists",
+    "BatchView",
+    "Cancelled",
+    "Decision",
+    "Ending",
+    "Endpoint",
+    "Expired",
+    "Flow",
+    "InvalidStep",
+    "Kind",
+    "Lane",
+    "NearloopError",
+    "NotFound",
+    "OnError",
+    "Payload",
+    "PolicyType",
+    "Reject",
+    "Rejected",
+    "Sample",
+    "ScopeView",
+    "Slot",
+    "Status",
+    "Step",
+    "StepFailed",
+    "StepResult",
+    "Target",
+    "TraceSummary",
+    "Unauthenticated",
+    "Unavailable",
+    "hookimpl",
+]
+__version__ = "0.1.0"

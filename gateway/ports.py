@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gateway.types import (
     Completed,
+    Flow,
     Job,
     JobStatus,
     Kind,
@@ -52,6 +53,16 @@ class StepService(Protocol):
     def targets(self, kind: Kind | None = None) -> Sequence[TargetStatus]: ...
 
 
+class Tracer(Protocol):
+    """Trace context and spans of a step, for the kernel."""
+
+    def start(self, step: Step, flow: Flow) -> tuple[Step, object]:
+        """The step with the context that travels on, and the span, None when nothing is recorded."""
+        ...
+
+    def end(self, span: object, error: BaseException | None) -> None: ...
+
+
 class GatewayBus(Protocol):
     """What a gateway needs of the transport. Everything raises `Unavailable` when the transport is down for too long."""
 
@@ -71,8 +82,8 @@ class GatewayBus(Protocol):
         """Stores the step in the region's queue; the future ends with its result, whatever the status.
 
         It raises Rejected (reason QUEUE_FULL), InvalidStep (too large for the transport) or Unavailable (not known to be stored
-        after retries with the same id). A reply that was lost is found again in the results stream. Cancelling the future forgets the
-        step here and nothing else.
+        after retries with the same id). A reply that was lost is found again in the results stream. Cancelling the future
+        forgets the step here and nothing else.
         """
         ...
 

@@ -1,0 +1,1 @@
+"""Built-in plugins: one file each with its configuration, its policy and its hook."""

@@ -1,7 +1,7 @@
 """How to start the Triton Inference Server of the wheel `nvidia-pytriton`, without Docker and without a GPU.
 
-Pure preparation: `prepare` lays out a backend folder, `command` gives argv and environment, a supervisor starts them,
-and `explain_failure` turns the server's log into one sentence. `remove_shared_memory` clears what a `kill -9` leaves.
+Pure preparation: `prepare` lays out the folders, `command` gives argv and environment, and a supervisor starts them.
+`workers.triton_aftermath` explains a failed start and clears what a killed server leaves behind.
 
 The wheel carries `pytriton/tritonserver/bin/tritonserver`, the Python backend and one stub executable for each Python
 version. The stub embeds Python, so it needs this interpreter's libpython, standard library and numpy.
@@ -16,14 +16,14 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.triton_aftermath import STUB
+
 INSTALL_HINT = "pip install 'nearloop[triton]', or point --triton at a server that exists"
 MODEL_REPOSITORY = Path(__file__).parent / "models"
 # Linked in this order: the stub last, because its presence is what says that the folder is complete.
 _BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
-_STUB = "triton_python_backend_stub"
 # What Triton and the stub may see of the caller's environment: nothing that could hold a secret.
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ")
-_SHM_DIR = Path("/dev/shm")  # where POSIX shared memory lives on Linux
 _SHM_REGION_BYTES = 1 << 20  # the least that the Python backend accepts for each model instance
 
 
@@ -56,7 +56,7 @@ def find_wheel() -> Wheel:
     wheel = Wheel(
         root / "bin" / "tritonserver",
         root / "backends" / "python",
-        stubs / version / _STUB,
+        stubs / version / STUB,
         package.parent / "nvidia_pytriton.libs",
     )
     if not wheel.server.is_file():
@@ -105,7 +105,7 @@ def _from_linker_cache(name: str) -> Path | None:
 
 
 def prepare(state_dir: Path) -> Path:
-    """Lay out `state_dir`/backends/python as links into the wheel and return the backend directory.
+    """Lay out `state_dir`/backends (links into the wheel) and `state_dir`/python; return the backend directory.
 
     May be called again and after an upgrade: links that point elsewhere are replaced.
     Raises TritonSetupError when a part is missing.
@@ -121,10 +121,42 @@ def prepare(state_dir: Path) -> Path:
         link = folder / source.name
         if link.is_symlink() and Path(os.readlink(link)) == source:
             continue
-        fresh = folder / f".{source.name}.{os.getpid()}"
-        fresh.symlink_to(source)
-        fresh.replace(link)  # atomic, so that two starts at once cannot disturb each other
+        _link(link, source)
+    _lay_out_python(state_dir.absolute())
     return backend_dir
+
+
+def _lay_out_python(state_dir: Path) -> None:
+    """A virtualenv of three files, which is how the stub gets its modules.
+
+    The stub embeds Python in isolated mode, so PYTHONHOME and PYTHONPATH are ignored; what it does look at is the
+    `pyvenv.cfg` next to the first `python3` on PATH, and the `.pth` files of that virtualenv.
+    """
+    numpy = importlib.util.find_spec("numpy")
+    if numpy is None or numpy.origin is None:
+        raise TritonSetupError("numpy, which the models need, is not installed: pip install numpy")
+    root = state_dir / "python"
+    site_packages = root / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    for folder in (root / "bin", site_packages):
+        folder.mkdir(parents=True, exist_ok=True)
+    _link(root / "bin" / "python3", Path(sys.executable).resolve())
+    _write(root / "pyvenv.cfg", f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
+    paths = dict.fromkeys([str(Path(numpy.origin).parents[1]), str(Path(__file__).absolute().parents[1])])
+    # No bytecode is written: the model repository may be read-only, and stays clean.
+    _write(site_packages / "nearloop.pth", "\n".join([*paths, "import sys; sys.dont_write_bytecode = True"]) + "\n")
+
+
+def _link(link: Path, target: Path) -> None:
+    """Atomic, so that two starts at once do not disturb each other."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def command(
@@ -164,41 +196,16 @@ def command(
         f"--backend-config=python,shm-growth-byte-size={_SHM_REGION_BYTES}",
         "--backend-config=python,stub-timeout-seconds=30",
     ]
-    return argv, _environment(wheel)
+    return argv, _environment(wheel, backend_dir.parent / "python" / "bin")
 
 
-def _environment(wheel: Wheel) -> dict[str, str]:
+def _environment(wheel: Wheel, python_bin: Path) -> dict[str, str]:
     env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    numpy = importlib.util.find_spec("numpy")
-    if numpy is None or numpy.origin is None:
-        raise TritonSetupError("numpy, which the models need, is not installed: pip install numpy")
-    # The stub is no Python of a virtualenv, so it gets the standard library of the base interpreter, the folder that
-    # numpy is in, and the folder of this package.
-    paths = dict.fromkeys([str(Path(numpy.origin).parents[1]), str(Path(__file__).absolute().parents[1])])
     libraries = dict.fromkeys([str(find_libpython(wheel.stub, wheel.libraries)), str(wheel.libraries)])
-    env |= {
+    return env | {
+        "PATH": f"{python_bin}:{env.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": ":".join(libraries),
-        "PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}",
-        "PYTHONPATH": ":".join(paths),
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",  # the model repository may be read-only, and stays clean
         # one thread a model instance: numpy's pools would fight with the other instances for the cores
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    return env
-
-
-def remove_shared_memory(prefix: str) -> int:
-    """Remove the shared memory that a killed Triton of this prefix left behind; returns how many regions that were.
-
-    Call it only when that server and its stubs are gone. Raises ValueError for an empty prefix.
-    """
-    if not prefix:
-        raise ValueError("an empty prefix would remove the shared memory of every program")
-    removed = 0
-    for region in _SHM_DIR.iterdir() if _SHM_DIR.is_dir() else ():
-        if region.name.startswith((prefix, f"sem.{prefix}")) and region.is_file():
-            region.unlink(missing_ok=True)
-            removed += 1
-    return removed

@@ -7,9 +7,7 @@ class TritonPythonModel:
     def execute(self, requests):
         return [
             pb_utils.InferenceResponse(
-                output_tensors=[
-                    pb_utils.Tensor("json", pb_utils.get_input_tensor_by_name(request, "json").as_numpy())
-                ]
+                output_tensors=[pb_utils.Tensor("json", pb_utils.get_input_tensor_by_name(request, "json").as_numpy())]
             )
             for request in requests
         ]

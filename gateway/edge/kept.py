@@ -1,0 +1,49 @@
+"""Results in the results stream: written once by compare-and-set, read back."""
+
+import math
+
+from gateway import subjects
+from gateway.edge import codec
+from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, Message, until_answered
+from gateway.errors import Unavailable
+from gateway.types import StepResult
+
+
+def _fence(keep_s: float) -> str:
+    return f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {max(1, math.ceil(keep_s))}s\r\n"
+
+
+async def commit(js: JetStream, result: StepResult, keep_s: float) -> bool:
+    """Stores the result if there is none. Repeats until the outcome is known. Raises InvalidStep (too large), Unavailable."""
+    subject = subjects.result(result.tenant, result.step_id)
+    headers = codec.result_headers(result, extra=_fence(keep_s))
+
+    async def attempt(tries: int) -> bool:
+        try:
+            await js.publish(subject, result.output.data, headers)
+        except ApiError as error:
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise Unavailable(f"NATS refused a result: {error}") from None
+            if tries == 0:
+                return False
+            # The try before may have been stored although its answer was lost.
+            stored = await js.last(subjects.RESULTS_STREAM, subject)
+            return stored is not None and _same(_read(stored), result)
+        return True
+
+    return await until_answered("a result", attempt)
+
+
+def _same(stored: StepResult, result: StepResult) -> bool:
+    return (stored.worker, stored.attempt, stored.status) == (result.worker, result.attempt, result.status)
+
+
+async def read(js: JetStream, tenant: str, step_id: str) -> StepResult | None:
+    """Raises Unavailable."""
+    subject = subjects.result(tenant, step_id)
+    found = await until_answered("a read", lambda _: js.direct_last(subjects.RESULTS_STREAM, subject))
+    return None if found is None else _read(found)
+
+
+def _read(message: Message) -> StepResult:
+    return codec.read_result(message.subject, message.headers, message.data)

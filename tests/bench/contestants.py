@@ -1,0 +1,138 @@
+"""Who is measured: how each one's processes are started, and how the load generator calls it."""
+
+import base64
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from nearloop.v1 import gateway_pb2
+
+from tests.bench import echo_server, floor
+from tests.bench.parts import BenchError, LoadGenerator, Part, Parts, free_port
+from workers import triton_server
+
+EXECUTE = "/nearloop.v1.Gateway/Execute"
+# About 100 bytes of JSON, as a small tool call has.
+PAYLOAD = b'{"tool":"search_docs","query":"how do I join two paths?","limit":10,"run":"agent-0007","trace":"4f2a91c3"}'
+READY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A contestant that runs. parts are the processes whose processor time its steps cost."""
+
+    parts: tuple[Part, ...]
+    address: str
+    method: str
+    request: bytes
+    client: str = "grpc"  # or tritonclient
+    nats_url: str = ""
+    stream: str = ""  # where its steps wait
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return {
+            "address": self.address,
+            "method": self.method,
+            "client": self.client,
+            "request": base64.b64encode(self.request).decode(),
+            "expect": base64.b64encode(PAYLOAD).decode(),
+        }
+
+
+class Site:
+    """Where contestants are started."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @cached_property
+    def triton(self) -> tuple[Part, str]:
+        """One Triton with the echo model, for everybody who needs it; the process and its gRPC address."""
+        repository = self.parts.folder / "models"
+        shutil.copytree(triton_server.MODEL_REPOSITORY / "echo", repository / "echo")
+        ports = [free_port() for _ in range(3)]
+        prefix = f"nlbench{ports[1]}"
+        try:
+            backends = triton_server.prepare(self.parts.folder / "triton")
+            argv, env = triton_server.command(repository, backends, *ports, shm_prefix=prefix)
+        except triton_server.TritonSetupError as error:
+            raise BenchError(str(error)) from None
+        self.parts.after_stop.append(lambda: triton_server.remove_shared_memory(prefix))
+        return self.parts.start("triton", argv, env), f"127.0.0.1:{ports[1]}"
+
+
+def execute_request(kind: "gateway_pb2.Kind.ValueType", target: str) -> bytes:
+    content = gateway_pb2.Content(content_type="application/json", data=PAYLOAD)
+    step = gateway_pb2.Step(kind=kind, target=target, input=gateway_pb2.Payload(content=content))
+    return gateway_pb2.ExecuteRequest(step=step).SerializeToString()
+
+
+def start_echo(site: Site) -> Endpoint:
+    port = free_port()
+    server = site.parts.start_module("server", "tests.bench.echo_server", "--port", str(port))
+    return Endpoint((server,), f"127.0.0.1:{port}", echo_server.METHOD, PAYLOAD)
+
+
+def start_floor(site: Site, *, commit: bool = False) -> Endpoint:
+    nats_server, url = site.parts.start_nats_server()
+    port = free_port()
+    gateway = site.parts.start_module("gateway", "tests.bench.floor", "gateway", "--nats", url, "--port", str(port))
+    worker = site.parts.start_module("worker", "tests.bench.floor", "worker", "--nats", url, *(["--commit"] if commit else []))
+    request = execute_request(gateway_pb2.KIND_TOOL, "echo")
+    return Endpoint((gateway, worker, nats_server), f"127.0.0.1:{port}", EXECUTE, request, nats_url=url, stream=floor.STEPS_STREAM)
+
+
+def start_triton(site: Site) -> Endpoint:
+    triton, address = site.triton
+    return Endpoint((triton,), address, "", PAYLOAD, client="tritonclient")
+
+
+def start_nearloop(site: Site) -> Endpoint:
+    raise BenchError(nearloop_is_missing())
+
+
+def start_nearloop_triton(site: Site) -> Endpoint:
+    raise BenchError(nearloop_is_missing())
+
+
+def nearloop_is_missing() -> str:
+    missing = [name for name in ("gateway.serve", "workers.serve") if importlib.util.find_spec(name) is None]
+    return f"not available: {', '.join(missing) or 'its start'} is missing"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    title: str
+    start: Callable[[Site], Endpoint]
+
+
+CONTESTANTS = (
+    Contestant("echo", "grpc.aio echo", start_echo),
+    Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor),
+    Contestant("floor-commit", "floor that stores results", lambda site: start_floor(site, commit=True)),
+    Contestant("nearloop", "Nearloop, tool echo", start_nearloop),
+    Contestant("triton", "Triton echo, tritonclient directly", start_triton),
+    Contestant("nearloop-triton", "Nearloop, Triton echo", start_nearloop_triton),
+)
+
+
+def wait_until_ready(endpoint: Endpoint, generator: LoadGenerator, patience_s: float = READY_TIMEOUT_S) -> None:
+    """Calls until an answer is right. Raises BenchError with the last reason."""
+    until = time.monotonic() + patience_s
+    while True:
+        for part in endpoint.parts:
+            part.check()
+        try:
+            generator.ask(do="try", **endpoint.job)
+        except BenchError as error:
+            if time.monotonic() > until:
+                raise BenchError(f"no right answer within {patience_s:g} s; the last one: {error}") from None
+            time.sleep(0.2)
+        else:
+            return

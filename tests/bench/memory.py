@@ -1,0 +1,64 @@
+"""How much memory a step in flight costs the gateway: thousands of calls are held open, and its unique set size is read.
+
+Before that the same gateway serves a load for a while, so that what every first step allocates is not counted as a step's.
+The steps are counted in the stream that carries them: a step counts when it was admitted and stored.
+"""
+
+import asyncio
+import time
+
+import nats
+import psutil
+
+from tests.bench.contestants import Endpoint
+from tests.bench.parts import BenchError, LoadGenerator, Part
+from tests.bench.report import Memory
+
+WARMUP_S = 3.0
+PATIENCE_S = 60.0
+
+
+async def stored(url: str, stream: str) -> int:
+    client = await nats.connect(url)
+    try:
+        info = await client.jetstream().stream_info(stream)
+    finally:
+        await client.close()
+    return int(info.state.messages)
+
+
+def unique_kb(part: Part) -> float:
+    return float(psutil.Process(part.process.pid).memory_full_info().uss) / 1024
+
+
+def settled_kb(part: Part) -> float:
+    """The unique set size once it has stopped to move."""
+    last = unique_kb(part)
+    for _ in range(20):
+        time.sleep(0.5)
+        now = unique_kb(part)
+        if abs(now - last) < 64:
+            break
+        last = now
+    return now
+
+
+def read(name: str, endpoint: Endpoint, generator: LoadGenerator, steps: int) -> Memory:
+    """The worker is suspended while the steps wait. Raises BenchError when not all of them come to be in flight."""
+    gateway, worker = (next(part for part in endpoint.parts if part.name == name) for name in ("gateway", "worker"))
+    generator.ask(do="measure", in_flight=64, warmup_s=0.0, seconds=WARMUP_S, **endpoint.job)
+    psutil.Process(worker.process.pid).suspend()
+    before_kb = settled_kb(gateway)
+    generator.ask(do="hold", in_flight=steps, **endpoint.job)
+    until = time.monotonic() + PATIENCE_S
+    while (waiting := asyncio.run(stored(endpoint.nats_url, endpoint.stream))) < steps:
+        gateway.check()
+        if time.monotonic() > until:
+            outcome = generator.ask(do="release")
+            raise BenchError(f"only {waiting} of {steps} steps came to the stream; {outcome['first_error']}")
+        time.sleep(0.2)
+    during_kb = settled_kb(gateway)
+    outcome = generator.ask(do="release")
+    if outcome["ended_early"]:
+        raise BenchError(f"{outcome['ended_early']} of {steps} calls did not stay in flight; {outcome['first_error']}")
+    return Memory(name, steps, before_kb, during_kb)

@@ -1,0 +1,130 @@
+from pathlib import Path
+
+import pytest
+
+from gateway import config, loader
+from gateway.errors import ConfigError
+from gateway.policy import Slot
+from gateway.types import Kind
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def problems(document: dict[str, object]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(document)
+    return caught.value.problems
+
+
+def test_three_mistakes_are_reported_as_three() -> None:
+    found = problems({"gatway": {}, "gateway": {"listn": "x"}, "nats": {"replicas": 2}})
+    assert len(found) == 3
+    assert "gateway.listn: unknown key; did you mean 'listen'?" in found
+    assert any("did you mean 'gateway'" in problem for problem in found)
+
+
+def test_mistakes_across_sections() -> None:
+    found = problems(
+        {
+            "gateway": {"region": "homme"},
+            "targets": [{"kind": "tool", "name": "a", "home_region": "nowhere"}, {"kind": "tool", "name": "a"}],
+        }
+    )
+    assert any("did you mean 'home'" in problem for problem in found)
+    assert any("targets.0.home_region" in problem for problem in found)
+    assert any("more than once" in problem for problem in found)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a.b", "*", ">", "x" * 65, "ä"])
+def test_ids_in_the_configuration_are_checked(name: str) -> None:
+    assert "is not an id" in problems({"targets": [{"kind": "tool", "name": name}]})[0]
+
+
+def test_an_empty_file_works_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    empty, broken = tmp_path / "empty.toml", tmp_path / "broken.toml"
+    empty.write_text("")
+    broken.write_text("[gateway\n")
+    assert config.load(empty).region_names == ("home",)
+    with pytest.raises(ConfigError, match=r"broken\.toml.*\n.*not TOML"):
+        config.load(broken)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path / "missing.toml")
+
+
+def test_round_trips_count_both_ways() -> None:
+    parsed = config.parse({"regions": [{"name": "home", "round_trip_ms": {"iad": 80}}, {"name": "iad"}]})
+    assert parsed.round_trip_s("home", "iad") == parsed.round_trip_s("iad", "home") == 0.08
+    assert parsed.round_trip_s("home", "home") == 0
+
+
+def test_default_policies_are_built_in_order() -> None:
+    parsed = config.parse({})
+    policies = loader.build_policies(parsed, loader.find_plugins(parsed))
+    assert {slot: [named.name for named in policies.all(slot)] for slot in policies.by_slot} == {
+        Slot.ADMISSION: ["token_bucket"],
+        Slot.LIMIT: ["fixed_limit"],
+        Slot.BACKPRESSURE: ["bounded_wait"],
+        Slot.ROUTING: ["nearest_region"],
+        Slot.BATCHING: ["passthrough"],
+        Slot.HEAD_SAMPLING: ["parent_ratio"],
+    }
+
+
+def test_two_instances_of_a_type_with_names() -> None:
+    entries = [{"use": "token_bucket", "name": "slow", "rate_per_s": 1}, {"use": "token_bucket", "name": "fast"}]
+    parsed = config.parse({"policies": entries})
+    built = loader.build_policies(parsed, loader.find_plugins(parsed)).all(Slot.ADMISSION)
+    assert [named.name for named in built] == ["slow", "fast"]
+
+
+def test_every_mistake_in_policies_is_reported() -> None:
+    entries = [
+        {"use": "token_bukket"},
+        {"use": "token_bucket", "rate": 3},
+        {"use": "fixed_limit", "limit": 0},
+        {"use": "fixed_limit", "limit": "x", "name": "second"},
+        {"use": "fixed_limit"},
+    ]
+    parsed = config.parse({"policies": entries})
+    with pytest.raises(ConfigError) as caught:
+        loader.build_policies(parsed, loader.find_plugins(parsed))
+    text = "\n".join(caught.value.problems)
+    for expected in ("did you mean 'token_bucket'", "unknown parameter 'rate'", "at least 1", "second", "the name 'fixed_limit' is taken"):
+        assert expected in text
+
+
+def test_a_plugin_that_cannot_be_imported_is_named() -> None:
+    with pytest.raises(ConfigError, match="'no_such_module' cannot be loaded"):
+        loader.find_plugins(config.parse({"plugins": ["no_such_module"]}))
+
+
+def test_a_plugin_with_a_misspelt_hook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "misspelt_plugin.py").write_text("from gateway import hookimpl\n\n@hookimpl\ndef nearloop_polcy_types():\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="nearloop_polcy_types"):
+        loader.find_plugins(config.parse({"plugins": ["misspelt_plugin"]}))
+
+
+def test_a_policy_without_a_needed_method_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lacking_plugin.py").write_text(
+        "from dataclasses import dataclass\nfrom gateway import PolicyType, Slot, hookimpl\n\n"
+        "@dataclass(frozen=True)\nclass C:\n    'None.'\n\n"
+        "class P:\n    def __init__(self, config): pass\n    def limit(self, scope): return 1\n\n"
+        "@hookimpl\ndef nearloop_policy_types():\n    return [PolicyType('lacking', Slot.LIMIT, C, P)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parsed = config.parse({"plugins": ["lacking_plugin"], "policies": [{"use": "lacking"}]})
+    with pytest.raises(ConfigError, match="lacks on_sample"):
+        loader.build_policies(parsed, loader.find_plugins(parsed))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    loaded = config.load(path)
+    loader.build_policies(loaded, loader.find_plugins(loaded))
+
+
+def test_a_target_section_becomes_a_target() -> None:
+    section = config.parse({"targets": [{"kind": "tool", "name": "a", "slots": 3}]}).target_section(Kind.TOOL, "a")
+    assert section
+    assert section.target().slots == 3

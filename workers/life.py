@@ -1,0 +1,191 @@
+"""The life of one step in a worker: check, execute, commit the result, answer, acknowledge. In this order.
+
+The result is committed before anything else is told, so that whoever sees an answer can find it again; the acknowledgement is last, so
+that a worker that dies anywhere before it has the step delivered again, and the next worker finds the result.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from gateway.clock import Clock
+from gateway.config import Config
+from gateway.errors import InvalidStep, Unavailable
+from gateway.ports import Executor, WorkerBus
+from gateway.types import EventKind, Status, StepResult, Target
+from workers.events import EventBook, EventLog
+from workers.held import Held, Phase, Stop
+from workers.outcome import DEAD_REASON, Outcomes, dead_message
+
+log = logging.getLogger("nearloop.worker")
+
+BACKOFF_FIRST_S = 0.25
+BACKOFF_MAX_S = 10.0
+
+
+def backoff_s(attempt: int, random: float) -> float:
+    """Full-jitter exponential backoff: between half and all of 0.25 s doubled with each attempt, at most 10 s; random in [0, 1)."""
+    ceiling = min(BACKOFF_FIRST_S * 2.0 ** min(attempt - 1, 16), BACKOFF_MAX_S)
+    return ceiling * (0.5 + random / 2)
+
+
+class _HandBackError(Exception):
+    """The step goes back to its queue, because this worker stops."""
+
+
+class StepLife:
+    """Takes held steps from delivery to acknowledgement.
+
+    `unavailable(target)` hears that the executor said Unavailable; `count(held, result)` hears each result, None for a step that
+    went back.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bus: WorkerBus,
+        executor: Executor,
+        outcomes: Outcomes,
+        clock: Clock,
+        random: Callable[[], float],
+        unavailable: Callable[[str], None],
+        count: Callable[[Held, StepResult | None], None],
+        region: str,
+        worker: str,
+    ) -> None:
+        self._bus = bus
+        self._executor = executor
+        self._outcomes = outcomes
+        self._clock = clock
+        self._random = random
+        self._unavailable = unavailable
+        self._count = count
+        self._region = region
+        self._worker = worker
+        self._keep_s = config.nats.result_keep_s
+        self._job_keep_s = config.nats.job_keep_s
+        self.events = EventBook()
+
+    async def live(self, held: Held, target: Target) -> None:
+        """Ends the delivery in exactly one of ack and nak. Raises nothing but CancelledError of the loop's end."""
+        result: StepResult | None = None
+        try:
+            result = self._before(held)
+            if result is None and held.attempt > 1:
+                stored = await self._bus.result(held.step.tenant, held.step.id)
+                if stored is not None:
+                    self._answer(held, stored)
+                    return
+                if held.attempt > target.max_deliver:
+                    await self._bus.bury(held.delivery, DEAD_REASON, dead_message(target.max_deliver))
+                    result = self._outcomes.dead(held, target.max_deliver)
+            if result is None:
+                result = await self._execute(held, target)
+            held.phase = Phase.ENDING
+            result, first = await self._commit(held, result)
+            self._answer(held, result if first else None)
+        except Unavailable as error:
+            result = None
+            log.info("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
+            self.hand_back(held, backoff_s(held.attempt, self._random()))
+        except _HandBackError:
+            self.hand_back(held, 0.0)
+        except Exception as error:
+            # A fault of the transport or of this file: without a result nothing may be acknowledged.
+            result = None
+            log.error("step %s for %s goes back to its queue after %s", held.step.id, target.scope, type(error).__name__)
+            self.hand_back(held, backoff_s(held.attempt, self._random()))
+        finally:
+            held.phase = Phase.ENDING
+            if held.log is not None:
+                self.events.ended(held.key, held.log, self._clock.now_s())
+            self._count(held, result)
+
+    def hand_back(self, held: Held, delay_s: float) -> None:
+        held.phase = Phase.ENDING
+        held.delivery.nak(delay_s)
+
+    def _before(self, held: Held) -> StepResult | None:
+        """The result of a step that must not start."""
+        if held.stop_cause is Stop.DRAIN:
+            raise _HandBackError
+        if held.stop_cause is not None:
+            return self._outcomes.stopped(held, held.stop_cause)
+        if held.step.deadline_s <= self._clock.wall_s():
+            return self._outcomes.expired_before_start(held)
+        return None
+
+    async def _execute(self, held: Held, target: Target) -> StepResult:
+        """Raises Unavailable and _HandBackError when the step goes back."""
+        result = self._before(held)  # again: looking for an earlier result took time
+        if result is not None:
+            return result
+        step = held.step
+        if step.stream or held.is_job:
+            self._open_log(held)
+        left_s = held.remaining_s()
+        if left_s <= target.timeout_s:
+            timer = asyncio.get_running_loop().call_later(left_s, held.stop, Stop.DEADLINE)
+        else:
+            timer = asyncio.get_running_loop().call_later(target.timeout_s, held.stop, Stop.TIMEOUT)
+        started_s = self._clock.now_s()
+        held.queue_us += int((started_s - held.arrived_s) * 1e6)
+        held.phase = Phase.EXECUTING
+        failure: Exception | None = None
+        try:
+            output = await self._executor.execute(held)
+        except asyncio.CancelledError:
+            if held.stop_cause is None:
+                raise
+            if held.task is not None:
+                held.task.uncancel()
+            failure = asyncio.TimeoutError()  # never shown: the cause says what the step ends with
+        except Exception as error:
+            failure = error
+        finally:
+            held.phase = Phase.ENDING
+            timer.cancel()
+            held.service_s = self._clock.now_s() - started_s
+        if failure is None:
+            return self._outcomes.done(held, output)
+        if held.stop_cause is Stop.DRAIN:
+            raise _HandBackError
+        if held.stop_cause is not None:
+            return self._outcomes.stopped(held, held.stop_cause)
+        if isinstance(failure, Unavailable):
+            self._unavailable(step.target)
+            raise failure
+        result = self._outcomes.failed(held, failure)
+        if result.reason == "EXECUTOR_ERROR":
+            log.error("step %s for %s failed: %s", step.id, target.scope, result.message)
+        return result
+
+    async def _commit(self, held: Held, result: StepResult) -> tuple[StepResult, bool]:
+        """The result as it was offered, and whether it is the one that counts."""
+        keep_s = self._keep_s
+        if held.is_job:
+            keep_s = self._job_keep_s + held.remaining_s()
+        try:
+            return result, await self._bus.commit(result, keep_s)
+        except InvalidStep as error:
+            if result.status is not Status.DONE:
+                raise
+            result = self._outcomes.failed(held, error)
+            return result, await self._bus.commit(result, keep_s)
+
+    def _answer(self, held: Held, result: StepResult | None) -> None:
+        """None when another result was first: whoever stored that one answers with it."""
+        if result is not None and held.delivery.reply_to:
+            self._bus.reply(held.delivery.reply_to, result)
+        if held.step.stream or held.is_job:
+            self._open_log(held).add(EventKind.ENDED)
+        held.delivery.ack()
+
+    def _open_log(self, held: Held) -> EventLog:
+        """The step's log; a new one begins with STARTED when the step is about to execute."""
+        if held.log is None:
+            held.log = EventLog(held.key, held.attempt, self._region, self._worker, self._bus.publish_event)
+            self.events.open(held.key, held.log)
+            if held.phase is Phase.WAITING:
+                held.log.add(EventKind.STARTED)
+        return held.log

@@ -1,0 +1,315 @@
+"""The worker: pulls steps as slots allow, keeps them alive, executes them, and leaves cleanly.
+
+One task for each step in work; beside them three for the whole worker: readiness, heartbeat and the sweep that extends what is held.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+from gateway.clock import Clock, SystemClock
+from gateway.config import Config
+from gateway.errors import Unavailable
+from gateway.ports import Delivery, Executor, Queue, Subscription, WorkerBus
+from gateway.types import LANES, Kind, StepResult, Target, WorkerInfo
+from workers.catalogue import merge_target
+from workers.held import Held, Phase, Stop
+from workers.lanes import TargetLanes
+from workers.life import StepLife, backoff_s
+from workers.outcome import Outcomes
+
+log = logging.getLogger("nearloop.worker")
+
+LOOK_S = 0.25  # how often readiness and the executor's targets are looked at
+
+
+class WorkerRuntime:
+    """`start`, then `drain` and `close`. `observe(held, result)` hears how each step ended here, None when it went back."""
+
+    def __init__(
+        self,
+        config: Config,
+        kind: Kind,
+        region: str,
+        worker_id: str,
+        bus: WorkerBus,
+        executor: Executor,
+        *,
+        clock: Clock | None = None,
+        random_source: Callable[[], float] = random.random,
+        observe: Callable[[Held, StepResult | None], None] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.region = region
+        self.id = worker_id
+        self._config = config
+        self._bus = bus
+        self._executor = executor
+        self._clock = clock or SystemClock()
+        self._random = random_source
+        self._observe = observe
+        self._life = StepLife(
+            config,
+            bus,
+            executor,
+            Outcomes(region, worker_id),
+            self._clock,
+            random_source,
+            self._on_unavailable,
+            self._on_end,
+            region,
+            worker_id,
+        )
+        self._targets: dict[str, Target] = {}
+        self._announced: tuple[Target, ...] = ()
+        self._lanes: dict[str, TargetLanes] = {}
+        self._paused: dict[str, tuple[int, float]] = {}  # target: refusals in a row, not before this time
+        self._held: dict[tuple[str, str], Held] = {}
+        self._to_ask: set[str] = set()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._look = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._subscriptions: list[Subscription] = []
+
+    # ---- start ---------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Returns when the worker serves. Waits as long as the part behind the executor is not ready. Raises Unavailable of the bus."""
+        await self._start_executor()
+        await self._bus.start()
+        await self._announce_changes()
+        self._subscriptions.append(await self._bus.on_cancel(self._on_cancel))
+        self._subscriptions.append(await self._bus.serve_replay(self._life.events.answer))
+        await self._open_and_close()
+        await self._bus.heartbeat(self.info())
+        self._tasks = [
+            asyncio.create_task(self._look_after_readiness()),
+            asyncio.create_task(self._forever(self._heartbeat, self._config.worker.heartbeat_s)),
+            asyncio.create_task(self._forever(self._extend_held, self._config.nats.ack_wait_s / 3)),
+        ]
+
+    async def _start_executor(self) -> None:
+        attempt = 1
+        while True:
+            try:
+                return await self._executor.start()
+            except Unavailable as error:
+                delay_s = backoff_s(attempt, self._random())
+                log.warning("%s worker is not ready: %s; next try in %.1f s", self.kind.value, error.message, delay_s)
+                await asyncio.sleep(delay_s)
+                attempt += 1
+
+    def targets(self) -> Sequence[Target]:
+        """What this worker executes, with the settings of the configuration."""
+        return self._announced
+
+    def info(self) -> WorkerInfo:
+        ready = [target for target in self._announced if self._ready(target.name)]
+        return WorkerInfo(
+            self.id,
+            self.region,
+            self.kind,
+            tuple(target.scope for target in ready),
+            sum(target.slots for target in ready),
+            sum(lanes.running for lanes in self._lanes.values()),
+            self._draining,
+        )
+
+    # ---- steps ---------------------------------------------------------------------------------------------------------------
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        held = Held(delivery, self._clock)
+        twin = self._held.get(held.key)
+        if twin is not None and twin.phase is not Phase.ENDING:
+            twin.delivery = delivery  # its hold ran out while we were busy with it: go on, with the newer delivery
+            return
+        name = held.step.target
+        lanes = self._lanes.get(name)
+        if self._draining or lanes is None or not lanes.is_open:
+            delivery.nak(0.0 if self._draining else backoff_s(held.attempt, self._random()))
+            return
+        self._held[held.key] = held
+        lanes.offer(held)
+        self._ask_soon(name)
+
+    def _begin(self, held: Held) -> None:
+        target = self._targets[held.step.target]
+        held.task = asyncio.create_task(self._life.live(held, target))
+
+    def _on_end(self, held: Held, result: StepResult | None) -> None:
+        """A started step is over: `held` has been acknowledged or handed back."""
+        if self._held.get(held.key) is held:
+            del self._held[held.key]
+        name = held.step.target
+        self._lanes[name].finished(held)
+        self._ask_soon(name)
+        if result is not None and name in self._paused:
+            del self._paused[name]
+        if self._observe is not None:
+            self._observe(held, result)
+        if self._draining and not self._held:
+            self._idle.set()
+
+    def _ask_soon(self, name: str) -> None:
+        """Many deliveries come in one turn of the loop; the credits are counted once after them."""
+        if not self._to_ask:
+            asyncio.get_running_loop().call_soon(self._ask)
+        self._to_ask.add(name)
+
+    def _ask(self) -> None:
+        names, self._to_ask = self._to_ask, set()
+        for name in names:
+            self._lanes[name].ask()
+
+    def _on_cancel(self, tenant: str, step_id: str) -> None:
+        held = self._held.get((tenant, step_id))
+        if held is None:
+            return
+        held.stop(Stop.CANCELLED)
+        self._end_waiting(held)
+
+    def _end_waiting(self, held: Held) -> None:
+        """A stopped step that waits for a slot needs none any more: it only has to be ended."""
+        lanes = self._lanes[held.step.target]
+        if lanes.withdraw(held):
+            lanes.join(held)
+            self._begin(held)
+
+    def _on_unavailable(self, name: str) -> None:
+        refusals = self._paused.get(name, (0, 0.0))[0] + 1
+        self._paused[name] = (refusals, self._clock.now_s() + backoff_s(refusals, self._random()))
+        self._lanes[name].is_open = False
+        self._look.set()
+
+    # ---- readiness -----------------------------------------------------------------------------------------------------------
+
+    def _ready(self, name: str) -> bool:
+        return self._executor.ready(name) and self._paused.get(name, (0, 0.0))[1] <= self._clock.now_s()
+
+    async def _look_after_readiness(self) -> None:
+        before: tuple[str, ...] = self.info().targets
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._look.wait()
+            except TimeoutError:
+                pass
+            self._look.clear()
+            try:
+                await self._announce_changes()
+                await self._open_and_close()
+                now = self.info().targets
+                if now != before:
+                    log.info("%s worker %s serves %s", self.kind.value, self.id, ", ".join(now) or "nothing at the moment")
+                    await self._bus.heartbeat(self.info())
+                    before = now
+            except Unavailable as error:
+                log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
+            self._life.events.forget_old(self._clock.now_s())
+
+    async def _announce_changes(self) -> None:
+        found = self._executor.targets()
+        merged = tuple(merge_target(self._config.target_section(target.kind, target.name), target) for target in found)
+        if merged == self._announced:
+            return
+        await self._bus.announce(merged)
+        self._announced = merged
+        for target in merged:
+            self._targets[target.name] = target
+            lanes = self._lanes.get(target.name)
+            if lanes is None:
+                self._lanes[target.name] = TargetLanes(target.slots, self._queues(target), self._begin)
+            else:
+                lanes.slots = target.slots
+
+    def _queues(self, target: Target) -> list[Queue]:
+        near = [Queue(self.region, target.kind, target.name, lane) for lane in LANES]
+        if not self._config.worker.far_regions:
+            return near
+        others = [region for region in self._config.region_names if region != self.region]
+        return near + [Queue(region, target.kind, target.name, lane, 1) for region in others for lane in LANES]
+
+    async def _open_and_close(self) -> None:
+        """Opens the queues of targets that are ready and closes those of the others."""
+        present = {target.name for target in self._announced}
+        for name, lanes in self._lanes.items():
+            if name in present and self._ready(name) and not self._draining:
+                for lane in lanes.lanes:
+                    if lane.puller is None:
+                        lane.puller = await self._bus.consume(lane.queue, self._on_delivery)
+                        lane.wanted = 0
+                lanes.is_open = True
+                lanes.ask()
+            elif any(lane.puller is not None for lane in lanes.lanes):
+                await self._close_queues(lanes)
+
+    async def _close_queues(self, lanes: TargetLanes) -> None:
+        """Stops pulling, and hands back what has not started."""
+        lanes.is_open = False
+        pullers = [lane.puller for lane in lanes.lanes if lane.puller is not None]
+        for lane in lanes.lanes:
+            lane.puller = None
+        await asyncio.gather(*(puller.close() for puller in pullers))
+        for held in lanes.withdraw_all():
+            del self._held[held.key]
+            self._life.hand_back(held, 0.0 if self._draining else backoff_s(held.attempt, self._random()))
+
+    # ---- signs of life -------------------------------------------------------------------------------------------------------
+
+    async def _forever(self, work: Callable[[], Awaitable[None]], every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await work()
+            except Unavailable as error:
+                log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
+
+    async def _heartbeat(self) -> None:
+        await self._bus.heartbeat(self.info())
+
+    async def _extend_held(self) -> None:
+        """Extends what has been held since the last sweep; what came later is young enough."""
+        before_s = self._clock.now_s() - self._config.nats.ack_wait_s / 3
+        for held in self._held.values():
+            if held.arrived_s <= before_s:
+                held.delivery.in_progress()
+
+    # ---- end -----------------------------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Stops pulling, lets running work finish for at most drain_s, hands back the rest. `hurry` ends the wait."""
+        self._draining = True
+        try:
+            await self._bus.heartbeat(self.info())
+        except Unavailable as error:
+            log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
+        await asyncio.gather(*(self._close_queues(lanes) for lanes in self._lanes.values()))
+        if self._held:
+            waits = [asyncio.create_task(event.wait()) for event in (self._idle, self._hurry)]
+            await asyncio.wait(waits, timeout=self._config.worker.drain_s, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        for held in list(self._held.values()):
+            held.stop(Stop.DRAIN)
+        await asyncio.gather(*(held.task for held in list(self._held.values()) if held.task is not None))
+
+    def hurry(self) -> None:
+        """Lets `drain` wait no longer."""
+        self._hurry.set()
+
+    async def close(self) -> None:
+        """Leaves the live list and disconnects. After `drain`."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            for subscription in self._subscriptions:
+                await subscription.close()
+            await self._bus.retire(self.info())
+        except Unavailable as error:
+            log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
+        await self._executor.close()
+        await self._bus.close()
