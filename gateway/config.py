@@ -296,7 +296,12 @@ def load(path: str | Path | None) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    return loads(text, str(path))
+
+
+def loads(text: str, source: str) -> Config:
+    """Parses TOML; `source` names it in errors. Raises ConfigError."""
     try:
-        return parse(tomllib.loads(text), str(path))
+        return parse(tomllib.loads(text), source)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(str(path), [f"is not TOML: {error}"]) from None
+        raise ConfigError(source, [f"is not TOML: {error}"]) from None

@@ -70,12 +70,20 @@ class Guard:
 
 
 def kill_group(group: int) -> bool:
-    """SIGKILL for every process of the group; False when there is none any more."""
+    """SIGKILL for every process of the group; False when none of it runs any more."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return False
-    return True
+    # Dead processes belong to the group until init has reaped them, which takes some inits seconds.
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # gone in between
+        if int(process_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 def clean_up(groups: Iterable[int], directories: Iterable[str], prefixes: Iterable[str]) -> None:

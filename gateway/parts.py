@@ -44,7 +44,7 @@ def nats_part(state_dir: Path, port: int, monitoring_port: int) -> Part:
     store = state_dir / "nats"
     store.mkdir(exist_ok=True)
     config = state_dir / "nats.conf"
-    config.write_text(server_config(port, str(store), monitoring_port=monitoring_port))
+    config.write_text(server_config(port, str(store), monitor_port=monitoring_port))
     url = f"nats://127.0.0.1:{port}"
     return Part(
         name="nats",

@@ -2,13 +2,15 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from gateway.guard import Guard
 from gateway.supervised import Part, PartFailed, Supervised
 
-__all__ = ["Part", "PartFailed", "Supervisor"]
+__all__ = ["Part", "PartFailed", "Supervisor", "interrupts"]
 
 _TRIM_EVERY_S = 5.0
 
@@ -59,7 +61,6 @@ class Supervisor:
         """Stops each part after those that need it; parts that do not need each other stop at the same time."""
         if self._trimming is not None:
             self._trimming.cancel()
-            await asyncio.wait([self._trimming])
         stopping: dict[str, asyncio.Task[None]] = {}
         for name in reversed(self._all):
             users = [task for other, task in stopping.items() if name in (*self._parts[other].after, *self._parts[other].uses)]
@@ -87,3 +88,23 @@ class Supervisor:
             await asyncio.sleep(_TRIM_EVERY_S)
             for one in self._all.values():
                 one.log.trim()
+
+
+@contextmanager
+def interrupts(kill_now: Callable[[], None]) -> Iterator[asyncio.Event]:
+    """The event is set at the first Ctrl-C or SIGTERM; each further one calls kill_now."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            kill_now()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,15 +1,12 @@
 """A whole stack on one machine: nats-server, Triton, workers and gateways, supervised. `nearloop up`, the demo and the tests use it."""
 
-import asyncio
 import fcntl
 import json
 import os
 import secrets
 import shutil
-import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +49,7 @@ class Stack:
         workers: Sequence[tuple[str, str]] | None = None,
         triton: bool = True,
         extra: Sequence[Part] = (),
-        ports: Ports = Ports(),  # noqa: B008  frozen
+        ports: Ports = Ports(),
     ) -> None:
         self._asked = config
         self._wanted_dir = state_dir
@@ -229,27 +226,8 @@ def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]
     """One worker for each kind that has something to serve, as (kind, region)."""
     workers = [("infer", config.triton.region)] if triton else []
     for region in config.region_names:
-        workers.append(("tool", region))
+        if config.tools.modules or config.tools.http:
+            workers.append(("tool", region))
         if config.retrieve.collections:
             workers.append(("retrieve", region))
     return workers
-
-
-@contextmanager
-def interrupts(kill_now: Callable[[], None]) -> Iterator[asyncio.Event]:
-    """The event is set at the first Ctrl-C or SIGTERM; each further one calls kill_now."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            kill_now()
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

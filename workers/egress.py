@@ -133,7 +133,9 @@ def denied(host: str, addresses: Sequence[Address]) -> StepFailed:
     special = any(address in network for address in map(_plain, addresses) for network in _SPECIAL)
     where = f" ({', '.join(map(str, addresses))})" if addresses and literal(host) is None else ""
     what = "an address of a private or special network, add that network (CIDR)" if special else "add it"
-    return StepFailed(f"host {host!r}{where} is not allowed: {what} to tools.egress_allow", code="PERMISSION_DENIED", reason="EGRESS_DENIED")
+    return StepFailed(
+        f"host {host!r}{where} is not allowed: {what} to tools.egress_allow", code="PERMISSION_DENIED", reason="EGRESS_DENIED"
+    )
 
 
 class CheckedResolver(AbstractResolver):

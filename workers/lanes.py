@@ -76,30 +76,29 @@ class TargetLanes:
             self.running += 1
             self._start(first.waiting.popleft())
 
-    def withdraw(self, held: Held) -> bool:
-        """Takes a waiting step out; False when it does not wait."""
+    def start_now(self, held: Held) -> None:
+        """Starts a step that waits, whatever the slots; does nothing for another one."""
         lane = self._by_queue[held.queue]
-        if held not in lane.waiting:
-            return False
-        lane.waiting.remove(held)
-        lane.in_hand -= 1
-        self.waiting -= 1
-        return True
+        if held in lane.waiting:
+            lane.waiting.remove(held)
+            self.waiting -= 1
+            self.running += 1
+            self._start(held)
 
     def withdraw_all(self) -> list[Held]:
         """Takes out all that wait."""
-        held = [held for lane in self._by_start for held in lane.waiting]
-        for one in held:
-            self.withdraw(one)
-        return held
+        withdrawn = [held for lane in self._by_start for held in lane.waiting]
+        for lane in self._by_credit:
+            lane.in_hand -= len(lane.waiting)
+            lane.waiting.clear()
+        self.waiting = 0
+        return withdrawn
 
     def ask(self) -> None:
         """Asks for what the free slots allow."""
         if not self.is_open:
             return
-        loads = [
-            QueueLoad(lane.puller.credits if lane.puller is not None else 0, lane.in_hand, lane.pending) for lane in self._by_credit
-        ]
+        loads = [QueueLoad(lane.puller.credits if lane.puller is not None else 0, lane.in_hand, lane.pending) for lane in self._by_credit]
         for lane, load, credits in zip(self._by_credit, loads, plan(self.slots - self.running - self.waiting, loads), strict=True):
             if lane.puller is not None and (worth_asking(load.outstanding, credits) or credits < min(lane.wanted, load.outstanding)):
                 lane.wanted = credits

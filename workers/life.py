@@ -12,7 +12,7 @@ from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep, Unavailable
 from gateway.ports import Executor, WorkerBus
-from gateway.types import EventKind, Status, StepResult, Target
+from gateway.types import EventKind, Payload, Status, StepResult, Target
 from workers.events import EventBook, EventLog
 from workers.held import Held, Phase, Stop
 from workers.outcome import DEAD_REASON, Outcomes, dead_message
@@ -131,27 +131,27 @@ class StepLife:
         started_s = self._clock.now_s()
         held.queue_us += int((started_s - held.arrived_s) * 1e6)
         held.phase = Phase.EXECUTING
+        output: Payload | None = None
         failure: Exception | None = None
         try:
             output = await self._executor.execute(held)
         except asyncio.CancelledError:
             if held.stop_cause is None:
-                raise
+                raise  # the loop ends
             if held.task is not None:
                 held.task.uncancel()
-            failure = asyncio.TimeoutError()  # never shown: the cause says what the step ends with
         except Exception as error:
             failure = error
         finally:
             held.phase = Phase.ENDING
             timer.cancel()
             held.service_s = self._clock.now_s() - started_s
-        if failure is None:
+        if output is not None:
             return self._outcomes.done(held, output)
         if held.stop_cause is Stop.DRAIN:
             raise _HandBackError
-        if held.stop_cause is not None:
-            return self._outcomes.stopped(held, held.stop_cause)
+        if failure is None or held.stop_cause is not None:
+            return self._outcomes.stopped(held, held.stop_cause or Stop.CANCELLED)
         if isinstance(failure, Unavailable):
             self._unavailable(step.target)
             raise failure

@@ -10,13 +10,14 @@ from workers.judging import SUFFICIENT, assess
 from workers.model_io import Body, InputError, need, need_between
 from workers.words import concepts, weight
 
-SEARCH_LIMIT = 25
+SEARCH_LIMIT = 40
 MAX_SEARCHES = 3
 MAX_ITERATIONS = 50
 NOT_FOUND = "Not found: nothing that was seen answers this question."
-# A verdict below SUFFICIENT is still answered at the very end, if the evidence covers about half of the question.
-WEAK = 0.45
+# A verdict below SUFFICIENT is still answered at the very end, if the evidence covers a fair part of the question.
+WEAK = 0.38
 _SIMILARITY_FACTOR = 0.15  # how much the vector store's own score counts beside the lexical match
+_STRONG = 0.7  # the weight from which a word of the question counts as a strong one
 _PROMISING = 0.3  # a candidate below this is not worth a look
 
 
@@ -104,7 +105,7 @@ def _next_query(question: str, seen: Seen) -> str:
     words = list(dict.fromkeys(word.strip("?!,.;:'\"") for word in question.split()))
     told = [word for word in words if concepts(word)]
     missed = {term for verdict in seen.verdicts.values() for term in verdict.get("missing", ())}
-    strong = [word for word in told if any(weight(term) == 1.0 for term in concepts(word))]
+    strong = [word for word in told if any(weight(term) >= _STRONG for term in concepts(word))]
     plain = " ".join(dict.fromkeys(term for word in told for term in concepts(word)))
     options = [
         " ".join(told),

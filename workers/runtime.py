@@ -169,14 +169,7 @@ class WorkerRuntime:
         if held is None:
             return
         held.stop(Stop.CANCELLED)
-        self._end_waiting(held)
-
-    def _end_waiting(self, held: Held) -> None:
-        """A stopped step that waits for a slot needs none any more: it only has to be ended."""
-        lanes = self._lanes[held.step.target]
-        if lanes.withdraw(held):
-            lanes.join(held)
-            self._begin(held)
+        self._lanes[held.step.target].start_now(held)  # one that waits for a slot needs none any more, only its end
 
     def _on_unavailable(self, name: str) -> None:
         refusals = self._paused.get(name, (0, 0.0))[0] + 1

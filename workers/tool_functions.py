@@ -20,17 +20,17 @@ How a call ends:
 """
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints, overload
+from typing import Any, NotRequired, TypeVar, get_type_hints, overload
 
 import grpc
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from gateway import subjects
-from gateway.errors import InvalidStep, StepFailed
+from gateway.errors import StepFailed
 from gateway.types import JSON, Payload
 from workers.tool_input import fields_of, need_json
 
@@ -62,8 +62,8 @@ class ToolContext:
     attempt: int
     run: str
     remaining_s: Callable[[], float]
-    progress: Callable[[float, str], None]
-    emit: Callable[[object], None]
+    progress: Callable[[float, str], object]
+    emit: Callable[[object], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,5 +233,3 @@ def tools_of(module: object) -> list[ToolFunction]:
     """The tools among a module's names, each once."""
     found = {id(value): value for item in vars(module).values() if isinstance(value := getattr(item, _ATTRIBUTE, None), ToolFunction)}
     return list(found.values())
-
-

@@ -85,12 +85,13 @@ class _FunctionTool:
         return tool.output(value)
 
     def _context(self, work: Work) -> ToolContext:
-        emit: Callable[[Payload], None] = work.emit
-        progress = work.progress
+        emit: Callable[[Payload], object] = work.emit
+        progress: Callable[[float, str], object] = work.progress
         if self._tool.threaded:
             # Everything behind Work belongs to the loop.
-            soon = asyncio.get_running_loop().call_soon_threadsafe
-            emit, progress = partial(soon, work.emit), partial(soon, work.progress)
+            loop = asyncio.get_running_loop()
+            emit = lambda token: loop.call_soon_threadsafe(work.emit, token)  # noqa: E731
+            progress = lambda fraction, message: loop.call_soon_threadsafe(work.progress, fraction, message)  # noqa: E731
         step = work.step
         return ToolContext(
             idempotency_key=step.idempotency_key,

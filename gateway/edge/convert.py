@@ -42,16 +42,16 @@ LANES: Mapping[int, Lane] = {
     pb.LANE_BATCH: Lane.BATCH,
 }
 JOB_STATES: Mapping[int, JobState] = {pb.JobState.Value(f"JOB_STATE_{state.name}"): state for state in JobState}
-_KIND_NUMBERS = {kind: cast(pb.Kind, number) for number, kind in KINDS.items()}
-_LANE_NUMBERS = {lane: cast(pb.Lane, number) for number, lane in LANES.items() if number}
-_STATE_NUMBERS = {state: cast(pb.JobState, number) for number, state in JOB_STATES.items()}
+_KIND_NUMBERS = {kind: cast("pb.Kind.ValueType", number) for number, kind in KINDS.items()}
+_LANE_NUMBERS = {lane: cast("pb.Lane.ValueType", number) for number, lane in LANES.items() if number}
+_STATE_NUMBERS = {state: cast("pb.JobState.ValueType", number) for number, state in JOB_STATES.items()}
 
 
-def kind_to_proto(kind: Kind) -> pb.Kind:
+def kind_to_proto(kind: Kind) -> "pb.Kind.ValueType":
     return _KIND_NUMBERS[kind]
 
 
-def lane_to_proto(lane: Lane) -> pb.Lane:
+def lane_to_proto(lane: Lane) -> "pb.Lane.ValueType":
     return _LANE_NUMBERS[lane]
 
 
@@ -198,7 +198,7 @@ def job_to_proto(status: JobStatus) -> pb.Job:
 
 def code_number(name: str) -> int:
     """The number of a gRPC status name; INTERNAL for a name that is none."""
-    return code_pb2.Code.Value(name) if name in code_pb2.Code.keys() else code_pb2.INTERNAL  # noqa: SIM118 - not a dict
+    return int(code_pb2.Code.Value(name)) if name in code_pb2.Code.keys() else int(code_pb2.INTERNAL)  # noqa: SIM118 - not a dict
 
 
 # --- targets ---

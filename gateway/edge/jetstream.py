@@ -40,6 +40,11 @@ class ApiError(Exception):
         self.description = str(error.get("description", ""))
         super().__init__(f"{self.description} ({self.err_code})")
 
+    @property
+    def passing(self) -> bool:
+        """True for what ends by itself: no leader, JetStream still starting."""
+        return self.code == 503 and self.err_code != STREAM_FULL
+
 
 class NoAnswer(Exception):
     """Nobody answered in time, or the connection was lost: the outcome is unknown."""
@@ -91,13 +96,13 @@ class JetStream:
             raise NoAnswer("nobody listens")
         return answer
 
-    async def collect(self, subject: str, payload: bytes, timeout_s: float) -> tuple[list[Message], Message | None]:
+    async def collect(self, subject: str, payload: bytes, timeout_s: float, headers: bytes = b"") -> tuple[list[Message], Message | None]:
         """One request, many answers: those before the one with an inline status, and that one (None when it did not come)."""
         token = f"c{next(self._numbers)}"
         queue = self._collecting[token] = asyncio.Queue()
         found: list[Message] = []
         try:
-            self.link.send(subject, payload, reply=f"{self._inbox}.{token}")
+            self.link.send(subject, payload, headers, f"{self._inbox}.{token}")
             async with asyncio.timeout(timeout_s):
                 while True:
                     message = await queue.get()
@@ -112,13 +117,13 @@ class JetStream:
     async def api(self, name: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A call of `$JS.API.<name>`. Raises ApiError, NoAnswer."""
         answer = await self.request(f"$JS.API.{name}", json.dumps(body).encode() if body else b"")
-        return _checked(answer.data)
+        return checked(answer.data)
 
     async def publish(self, subject: str, payload: bytes, headers: bytes) -> None:
         """Stores a message. Raises ApiError, NoAnswer, InvalidStep (too large)."""
         answer = await self.request(subject, payload, headers)
         if b'"error"' in answer.data:
-            _checked(answer.data)
+            checked(answer.data)
 
     async def last(self, stream: str, subject: str) -> Message | None:
         """The last message on a subject, asked from the stream's leader, so never stale. Raises ApiError, NoAnswer."""
@@ -144,17 +149,23 @@ class JetStream:
 
 async def until_answered(what: str, operation: Callable[[int], Awaitable[T]]) -> T:
     """Repeats `operation(tries_before)` while nobody answers. It must be safe to repeat. Raises Unavailable."""
+    reason = NoAnswer()
     for tries in range(_TRIES):
         try:
             return await operation(tries)
         except NoAnswer as error:
             reason = error
+        except ApiError as error:
+            raise Unavailable(f"NATS refused {what}: {error}") from None
         await asyncio.sleep(random.uniform(0.05, 0.2) * 2**tries)
     raise Unavailable(f"NATS did not confirm {what} after {_TRIES} tries: {reason}")
 
 
-def _checked(data: bytes) -> dict[str, Any]:
+def checked(data: bytes) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(data)
     if "error" in answer:
-        raise ApiError(answer["error"])
+        error = ApiError(answer["error"])
+        if error.passing:
+            raise NoAnswer(str(error))
+        raise error
     return answer

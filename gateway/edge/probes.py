@@ -56,8 +56,8 @@ def _channel(address: str) -> grpc.aio.Channel:
 async def triton_ready(address: str, timeout_s: float = 2.0) -> bool:
     """True when the server and all its models are ready. Raises grpc.aio.AioRpcError."""
     async with _channel(address) as channel:
-        ask = channel.unary_unary(_TRITON_READY)
-        answer: bytes = await ask(b"", timeout=timeout_s)
+        ask: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_TRITON_READY)
+        answer = await ask(b"", timeout=timeout_s)
         return answer == _TRUE
 
 

@@ -139,7 +139,11 @@ async def _ensure_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
     for field, option in _STREAM_FIELDS.items():
         want, have = wanted.get(field), found.get(field)
         if _differ(want, have):
-            edit = f"`nats stream edit {name} {option}={_shown(field, want)}`" if option else f"`nats stream rm {name}` (its messages are lost)"
+            edit = (
+                f"`nats stream edit {name} {option}={_shown(field, want)}`"
+                if option
+                else f"`nats stream rm {name}` (its messages are lost)"
+            )
             raise TopologyMismatch(
                 f"stream {name} has {field} {_shown(field, have)}, the configuration wants {_shown(field, want)}:"
                 f" change the configuration or run {edit}"

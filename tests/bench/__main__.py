@@ -35,7 +35,6 @@ from tests.bench.parts import BenchError, LoadGenerator, Parts
 IN_FLIGHT, QUICK_IN_FLIGHT = (1, 16, 64, 256), (1, 64)
 HELD_STEPS, QUICK_HELD_STEPS = 5000, 500
 MEMORY = "memory"
-WITH_MEMORY = ("floor", "nearloop")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,9 +116,9 @@ class Run:
         steps = QUICK_HELD_STEPS if self.arguments.quick else HELD_STEPS
         print(f"memory with {steps:,} steps in flight ...", flush=True)
         for contestant in CONTESTANTS:
-            if contestant.name in WITH_MEMORY:
+            if contestant.start_roomy is not None:
                 try:
-                    endpoint = contestant.start(self.site)
+                    endpoint = contestant.start_roomy(self.site)
                     wait_until_ready(endpoint, self.generator)
                     self.memory.append(memory.read(contestant.name, endpoint, self.generator, steps))
                 except BenchError as error:

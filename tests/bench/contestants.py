@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from gateway import subjects
 from nearloop.v1 import gateway_pb2
-
 from tests.bench import echo_server, floor
 from tests.bench.parts import BenchError, LoadGenerator, Part, Parts, free_port
-from workers import triton_server
+from workers import triton_aftermath, triton_server
 
 EXECUTE = "/nearloop.v1.Gateway/Execute"
 # About 100 bytes of JSON, as a small tool call has.
@@ -62,7 +62,7 @@ class Site:
             argv, env = triton_server.command(repository, backends, *ports, shm_prefix=prefix)
         except triton_server.TritonSetupError as error:
             raise BenchError(str(error)) from None
-        self.parts.after_stop.append(lambda: triton_server.remove_shared_memory(prefix))
+        self.parts.after_stop.append(lambda: triton_aftermath.remove_shared_memory(prefix))
         return self.parts.start("triton", argv, env), f"127.0.0.1:{ports[1]}"
 
 
@@ -92,17 +92,55 @@ def start_triton(site: Site) -> Endpoint:
     return Endpoint((triton,), address, "", PAYLOAD, client="tritonclient")
 
 
-def start_nearloop(site: Site) -> Endpoint:
-    raise BenchError(nearloop_is_missing())
+def start_nearloop(site: Site, *, kind: str = "tool", extra: str = "") -> Endpoint:
+    """The real gateway and worker, as `nearloop gateway` and `nearloop worker` run them; extra is more configuration, TOML."""
+    for module in ("gateway.cli", "workers.serve"):
+        if importlib.util.find_spec(module) is None:
+            raise BenchError(f"not available: there is no {module}")
+    nats_server, url = site.parts.start_nats_server()
+    triton = [site.triton] if kind == "infer" else []
+    port = free_port()
+    config = site.parts.folder / f"nearloop-{port}.toml"
+    config.write_text(
+        f'''
+[gateway]
+listen = "127.0.0.1:{port}"
+[auth]
+anonymous_tenant = "bench"
+[nats]
+urls = ["{url}"]
+[tools]
+modules = ["workers.builtin_tools"]
+[triton]
+url = "{triton[0][1] if triton else ""}"
+{extra}'''
+    )
+    where = ("--config", str(config))
+    worker = site.parts.start_module("worker", "workers.serve", "--kind", kind, "--region", "home", *where)
+    gateway = site.parts.start_module("gateway", "gateway.cli", "gateway", *where)
+    request = execute_request(gateway_pb2.KIND_INFER if kind == "infer" else gateway_pb2.KIND_TOOL, "echo")
+    parts = (gateway, worker, nats_server, *(part for part, _ in triton))
+    return Endpoint(parts, f"127.0.0.1:{port}", EXECUTE, request, nats_url=url, stream=subjects.steps_stream("home"))
 
 
-def start_nearloop_triton(site: Site) -> Endpoint:
-    raise BenchError(nearloop_is_missing())
-
-
-def nearloop_is_missing() -> str:
-    missing = [name for name in ("gateway.serve", "workers.serve") if importlib.util.find_spec(name) is None]
-    return f"not available: {', '.join(missing) or 'its start'} is missing"
+# So that thousands of steps are admitted and stay in flight: higher limits, and a suspended worker is not soon thought dead.
+ROOMY = """
+[worker]
+heartbeat_s = 60
+[[policies]]
+use = "token_bucket"
+[[policies]]
+use = "fixed_limit"
+limit = 100000
+[[policies]]
+use = "bounded_wait"
+[[policies]]
+use = "nearest_region"
+[[policies]]
+use = "passthrough"
+[[policies]]
+use = "parent_ratio"
+"""
 
 
 @dataclass(frozen=True)
@@ -110,15 +148,16 @@ class Contestant:
     name: str
     title: str
     start: Callable[[Site], Endpoint]
+    start_roomy: Callable[[Site], Endpoint] | None = None  # for thousands of steps in flight
 
 
 CONTESTANTS = (
     Contestant("echo", "grpc.aio echo", start_echo),
-    Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor),
+    Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor, start_floor),
     Contestant("floor-commit", "floor that stores results", lambda site: start_floor(site, commit=True)),
-    Contestant("nearloop", "Nearloop, tool echo", start_nearloop),
+    Contestant("nearloop", "Nearloop, tool echo", start_nearloop, lambda site: start_nearloop(site, extra=ROOMY)),
     Contestant("triton", "Triton echo, tritonclient directly", start_triton),
-    Contestant("nearloop-triton", "Nearloop, Triton echo", start_nearloop_triton),
+    Contestant("nearloop-triton", "Nearloop, Triton echo", lambda site: start_nearloop(site, kind="infer")),
 )
 
 

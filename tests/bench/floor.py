@@ -17,6 +17,7 @@ from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import RetentionPolicy, StorageType, StreamConfig
 from nats.nuid import NUID
+
 from nearloop.v1 import gateway_pb2
 
 STEPS_STREAM, STEPS_SUBJECT = "FLOOR_STEPS", "floor.steps"

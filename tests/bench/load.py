@@ -5,7 +5,7 @@ answer and call again (a closed loop). Jobs:
 
     try      one call, whose answer must hold the expected bytes
     measure  calls for warmup_s + seconds; throughput and latencies of the calls that ended in the last `seconds`
-    hold     opens `in_flight` calls and leaves them open
+    hold     opens `in_flight` more calls and leaves them open
     release  cancels them and says how many had ended before
 """
 
@@ -119,18 +119,23 @@ async def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class Hold:
+    """Calls that stay open."""
+
     def __init__(self, job: dict[str, Any]) -> None:
         self.channels = [open_channel(job, HOLD_TIMEOUT_S) for _ in range(HOLD_CHANNELS)]
-        self.tasks = [asyncio.ensure_future(self.channels[n % HOLD_CHANNELS][0]()) for n in range(job["in_flight"])]
+        self.tasks: list[asyncio.Future[bytes]] = []
+
+    def add(self, calls: int) -> None:
+        self.tasks += [asyncio.ensure_future(self.channels[n % HOLD_CHANNELS][0]()) for n in range(calls)]
 
     async def release(self) -> dict[str, Any]:
         ended = [task for task in self.tasks if task.done()]
+        errors = [error for task in ended if (error := task.exception()) is not None]
         for task in self.tasks:
             task.cancel()
-        outcomes = await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         for _, close in self.channels:
             await close()
-        errors = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
         return {"ended_early": len(ended), "first_error": reason(errors[0]) if errors else ""}
 
 
@@ -146,7 +151,8 @@ async def main() -> None:
                 case "measure":
                     answer = await measure(job)
                 case "hold":
-                    held = Hold(job)
+                    held = held or Hold(job)
+                    held.add(job["in_flight"])
                 case "release" if held is not None:
                     answer, held = await held.release(), None
         except Exception as error:

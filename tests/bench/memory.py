@@ -15,7 +15,8 @@ from tests.bench.parts import BenchError, LoadGenerator, Part
 from tests.bench.report import Memory
 
 WARMUP_S = 3.0
-PATIENCE_S = 60.0
+PATIENCE_S = 15.0
+ADD = 250
 
 
 async def stored(url: str, stream: str) -> int:
@@ -25,6 +26,15 @@ async def stored(url: str, stream: str) -> int:
     finally:
         await client.close()
     return int(info.state.messages)
+
+
+def wait_stored(endpoint: Endpoint, gateway: Part, wanted: int) -> int:
+    """Returns once `wanted` steps are stored or patience ends; how many are."""
+    until = time.monotonic() + PATIENCE_S
+    while (have := asyncio.run(stored(endpoint.nats_url, endpoint.stream))) < wanted and time.monotonic() < until:
+        gateway.check()
+        time.sleep(0.05)
+    return have
 
 
 def unique_kb(part: Part) -> float:
@@ -49,14 +59,11 @@ def read(name: str, endpoint: Endpoint, generator: LoadGenerator, steps: int) ->
     generator.ask(do="measure", in_flight=64, warmup_s=0.0, seconds=WARMUP_S, **endpoint.job)
     psutil.Process(worker.process.pid).suspend()
     before_kb = settled_kb(gateway)
-    generator.ask(do="hold", in_flight=steps, **endpoint.job)
-    until = time.monotonic() + PATIENCE_S
-    while (waiting := asyncio.run(stored(endpoint.nats_url, endpoint.stream))) < steps:
-        gateway.check()
-        if time.monotonic() > until:
+    for wanted in range(ADD, steps + ADD, ADD):  # little by little: a burst of thousands is another question
+        generator.ask(do="hold", in_flight=ADD, **endpoint.job)
+        if (have := wait_stored(endpoint, gateway, wanted)) < wanted:
             outcome = generator.ask(do="release")
-            raise BenchError(f"only {waiting} of {steps} steps came to the stream; {outcome['first_error']}")
-        time.sleep(0.2)
+            raise BenchError(f"only {have} of {wanted} steps came to the stream; {outcome['first_error']}")
     during_kb = settled_kb(gateway)
     outcome = generator.ask(do="release")
     if outcome["ended_early"]:

@@ -1,0 +1,57 @@
+"""What `nearloop up` does between its command line and the stack."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gateway import addresses
+from gateway.config import Config
+from gateway.supervisor import PartFailed, interrupts
+from gateway.up import Ports, Stack
+
+
+def with_listen(config: Config, listen: str) -> Config:
+    """Raises PartFailed for what is no address."""
+    try:
+        addresses.split(listen or config.gateway.listen)
+    except ValueError as error:
+        raise PartFailed(f"--listen: {error}") from None
+    return config.model_copy(update={"gateway": config.gateway.model_copy(update={"listen": listen})}) if listen else config
+
+
+def settle(config: Config, is_default: bool, listen: str, nats: str, triton: str, on_line: Callable[[str], None]) -> Config:
+    """The configuration with the options of the command line. Raises PartFailed."""
+    config = with_listen(config, listen)
+    if nats:
+        config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": tuple(nats.split(","))})})
+    if triton:
+        config = config.model_copy(update={"triton": config.triton.model_copy(update={"url": triton})})
+    if is_default:
+        # Without a file there are no keys either: a newcomer can call, from this machine only, and has something to call.
+        host, _ = addresses.split(config.gateway.listen)
+        if host in ("127.0.0.1", "localhost", "::1"):
+            config = config.model_copy(update={"auth": config.auth.model_copy(update={"anonymous_tenant": "local"})})
+            on_line("no --config: calls need no API key and are those of tenant 'local'")
+        config = config.model_copy(update={"tools": config.tools.model_copy(update={"modules": ("workers.builtin_tools",)})})
+    if not config.auth.keys and not config.auth.anonymous_tenant:
+        on_line("note: nobody can call this gateway: add [[auth.keys]] (see `nearloop key`) or auth.anonymous_tenant")
+    return config
+
+
+async def stay_up(
+    config: Config, state_dir: Path | None, triton: bool, gateways: int, ports: Ports, on_line: Callable[[str], None]
+) -> int:
+    """Runs the stack until Ctrl-C or SIGTERM; returns the exit code. Raises PartFailed, PortInUse."""
+    stack = Stack(config, state_dir=state_dir, on_line=on_line, gateways=gateways, triton=triton, ports=ports)
+    with interrupts(stack.kill_now) as stop:
+        entered = await _unless(stop, stack)
+        if not entered:
+            return 0
+        on_line(
+            f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {stack.nats_url}"
+            f"{f', triton {stack.triton_url}' if triton else ''}; state in {stack.state_dir}; Ctrl-C stops"
+        )
+        await stop.wait()
+        on_line("stopping ...")
+        await stack.__aexit__(None, None, None)
+        on_line("stopped")
+    return 0

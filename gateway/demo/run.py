@@ -1,0 +1,138 @@
+"""`nearloop demo`: the whole stack, agents that answer questions through it, and a clean stop.
+
+The corpus is the standard library of the running interpreter, embedded by the `embed` model and indexed through the `stdlib` target;
+the external API is an HTTP service in the second region. `plan` decides, `judge` evaluates, nothing is looked up beforehand.
+"""
+
+import asyncio
+import importlib.resources
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import Progress
+
+from gateway import addresses, config, parts
+from gateway.client import NearloopClient
+from gateway.config import Config
+from gateway.demo import agent, corpus, view
+from gateway.demo.backend import Backend, Ledger, index
+from gateway.demo.questions import QUESTIONS
+from gateway.edge import probes
+from gateway.errors import NearloopError
+from gateway.supervisor import Part
+from gateway.up import Stack, interrupts
+
+WORKERS = (("infer", "home"), ("tool", "home"), ("tool", "iad"), ("retrieve", "home"))
+AGENT_REGIONS = ("home", "iad")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """ask replaces the built-in questions; keep leaves the stack running until Ctrl-C."""
+
+    ask: tuple[str, ...] = ()
+    keep: bool = False
+
+
+def demo_config(docs_port: int) -> Config:
+    """The demo's configuration with the address of its documentation API."""
+    text = importlib.resources.files("gateway.demo").joinpath("demo.toml").read_text()
+    return config.loads(text.replace("127.0.0.1:8099", f"127.0.0.1:{docs_port}"), "demo.toml")
+
+
+def docs_part(port: int) -> Part:
+    """The external API of the demo, as a part of the stack."""
+    url = f"http://127.0.0.1:{port}"
+    return parts.python_part(
+        "docs-api",
+        *("gateway.demo.docs_api", "--port", str(port)),
+        probe=lambda: probes.http_ready(f"{url}/healthz"),
+        address=f"{url}, the external API",
+    )
+
+
+async def run_demo(options: DemoOptions, console: Console | None = None) -> int:
+    """Returns the exit code: 0 when every agent came to an end, 1 when one failed."""
+    console = console or view.make_console()
+    docs_port = addresses.free_port()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    say("Starting nats-server, Triton, workers, gateway and an API to call:")
+    stack = Stack(demo_config(docs_port), on_line=say, workers=WORKERS, extra=[docs_part(docs_port)])
+    async with stack:
+        with interrupts(stack.kill_now) as stop:
+            work = asyncio.create_task(_show(options, stack, console))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+                say("Stopped.")
+                return 130
+            code = work.result()
+            if options.keep and not stop.is_set():
+                say("\nStill running; Ctrl-C stops.")
+                await stopped
+            stopped.cancel()
+            say("\nStopping everything ...")
+    say("Stopped: no process, port or file is left.")
+    return code
+
+
+async def _show(options: DemoOptions, stack: Stack, console: Console) -> int:
+    questions = options.ask or QUESTIONS
+    async with NearloopClient(stack.gateway_address) as client:
+        await build_index(client, console)
+        console.print(f"\n{len(questions)} agents think, search, call the API and judge, all at once:")
+        ledger = Ledger()
+        began_s = time.perf_counter()
+        with view.View(console, questions) as live:
+            outcomes = await ask_all(stack.gateway_address, questions, ledger, live)
+        wall_s = time.perf_counter() - began_s
+        view.show_answers(console, [outcome for outcome in outcomes if isinstance(outcome, agent.Answer)])
+        failures = [(question, outcome) for question, outcome in zip(questions, outcomes, strict=True) if isinstance(outcome, Exception)]
+        for question, error in failures:
+            console.print(f"{question}: {type(error).__name__}: {error}", style="red", markup=False)
+        view.show_times(console, ledger, wall_s, len(questions))
+        view.show_further(console, stack.nats_url, stack.gateway_address)
+    return 1 if failures else 0
+
+
+async def build_index(client: NearloopClient, console: Console) -> None:
+    """Embeds the corpus through the gateway."""
+    began_s = time.perf_counter()
+    entries = await asyncio.to_thread(corpus.build)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"Indexing {len(entries)} docstrings of this Python", total=len(entries))
+        await index(client, entries, lambda done: progress.update(task, completed=done))
+    took_s = time.perf_counter() - began_s
+    console.print(f"Indexed {len(entries)} docstrings of this Python's standard library in {took_s:.1f} s.", highlight=False)
+
+
+async def ask_all(
+    gateway_address: str, questions: Sequence[str], ledger: Ledger, live: view.View | None = None
+) -> list[agent.Answer | BaseException]:
+    """One agent for each question, all at once, from two regions in turn."""
+    clients = [NearloopClient(gateway_address, region=region) for region in AGENT_REGIONS]
+
+    async def one(number: int, question: str) -> agent.Answer:
+        backend = Backend(clients[number % len(clients)], ledger, run=f"agent-{number + 1}")
+        return await agent.answer(
+            question,
+            plan=backend.plan,
+            search=backend.search,
+            lookup=backend.lookup,
+            judge=backend.judge,
+            on_event=(lambda kind, detail: live.event(number, kind, detail)) if live else None,
+        )
+
+    async with clients[0], clients[1]:
+        outcomes = await asyncio.gather(*(one(number, question) for number, question in enumerate(questions)), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, NearloopError | agent.AgentError):
+            raise outcome
+    return outcomes

@@ -1,0 +1,97 @@
+"""The gateway's side of the bus on NATS."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from gateway import subjects
+from gateway.clock import Clock
+from gateway.config import Config
+from gateway.edge import codec, kept, lookup, replay, topology
+from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
+from gateway.edge.dispatch import Dispatcher
+from gateway.edge.jetstream import JetStream, until_answered
+from gateway.edge.jobs import JobStore
+from gateway.edge.live import LiveCatalogue
+from gateway.ports import Subscription
+from gateway.types import Job, Step, StepEvent, StepResult, Target, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+
+class NatsGatewayBus:
+    """A `GatewayBus` over three connections: steps leave on one, results arrive on another, the third is for everything else."""
+
+    def __init__(self, config: Config, gateway_id: str, clock: Clock) -> None:
+        self._config = config
+        self._publish = make_link(config, f"{gateway_id} publish")
+        self._consume = make_link(config, f"{gateway_id} consume")
+        self.control = make_link(config, f"{gateway_id} control")
+        timeout_s = config.nats.publish_timeout_s
+        self._js = JetStream(self.control, timeout_s)
+        self._jobs = JobStore(JetStream(self._publish, timeout_s), clock, config.nats.job_keep_s)
+        self._dispatcher = Dispatcher(gateway_id, clock, self._publish, self._consume, self._js, timeout_s)
+        self._live = LiveCatalogue(self._js, clock, config.worker.heartbeat_s)
+
+    async def start(self) -> None:
+        await asyncio.gather(*(link.start(CONNECT_TIMEOUT_S) for link in (self._publish, self._consume, self.control)))
+        await topology.ensure_streams(self._js, self._config)
+        await self._consume.barrier()
+        await self._live.load()
+        self._dispatcher.start()
+
+    async def close(self) -> None:
+        await self._dispatcher.close()
+        await self._live.close()
+        await asyncio.gather(*(link.close() for link in (self._publish, self._consume, self.control)))
+
+    @property
+    def connected(self) -> bool:
+        return self._publish.connected and self._consume.connected
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """dispatched, results, resent, recovered (found in the results stream after a lost reply)."""
+        return self._dispatcher.counters
+
+    def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
+        return self._dispatcher.execute(step, region)
+
+    async def submit(self, job: Job) -> tuple[Job, bool]:
+        return await self._jobs.submit(job)
+
+    async def job(self, tenant: str, job_id: str) -> Job | None:
+        region = subjects.job_region(job_id)
+        if region not in self._config.region_names:
+            return None
+        return await until_answered("a job", lambda _: self._jobs.read(region, tenant, job_id))
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+        return await kept.read(self._js, tenant, step_id)
+
+    async def is_queued(self, step: Step, region: str) -> bool:
+        return await lookup.is_queued(self._js, step, region)
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool:
+        return await kept.commit(self._js, result, keep_s)
+
+    async def withdraw(self, step: Step, region: str) -> None:
+        await lookup.withdraw(self._js, step, region)
+        self.control.send(subjects.cancel(step.tenant, step.id))
+
+    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
+        def on_message(_subject: str, _reply: str, headers: bytes, data: bytes) -> None:
+            on_event(codec.read_event(step_id, headers, data))
+
+        subscription = self._consume.subscribe(subjects.event(tenant, step_id), on_message)
+        await self._consume.barrier()
+        return subscription
+
+    async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
+        return await replay.ask(self._js, tenant, step_id, attempt, after_sequence)
+
+    def targets(self) -> Mapping[str, Target]:
+        return self._live.targets()
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        return self._live.workers()

@@ -1,0 +1,66 @@
+"""A step held by this worker, with what the acknowledgement subject tells about it."""
+
+from dataclasses import dataclass
+
+from gateway import subjects
+from gateway.edge import codec
+from gateway.edge import headers as h
+from gateway.edge.link import Link
+from gateway.ports import Queue
+from gateway.types import Step
+
+_NANO = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class AckInfo:
+    """Parts of `$JS.ACK...`. stored_ns: when the message was stored, nanoseconds since 1970."""
+
+    delivered: int
+    sequence: int
+    stored_ns: int
+    pending: int
+
+
+def read_ack(subject: str) -> AckInfo:
+    """Both forms: `$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>`, and the newer one with domain and
+    account in front of the stream and, at times, a random token at the end. Raises ValueError.
+    """
+    words = subject.split(".")
+    if words[:2] != ["$JS", "ACK"] or (len(words) != 9 and len(words) < 11):
+        raise ValueError(f"{subject!r} is not an acknowledgement subject")
+    first = 4 if len(words) == 9 else 6
+    delivered, sequence, _, stored_ns, pending = (int(word) for word in words[first : first + 5])
+    return AckInfo(delivered, sequence, stored_ns, pending)
+
+
+class NatsDelivery:
+    """Ends in exactly one of ack and nak; what comes after the first is ignored."""
+
+    __slots__ = ("_ack_subject", "_ended", "_link", "attempt", "headers", "pending", "queue", "queued_us", "reply_to", "step")
+
+    def __init__(self, link: Link, queue: Queue, subject: str, ack_subject: str, raw: bytes, body: bytes, wall_s: float) -> None:
+        """Raises ValueError or KeyError for a message that is not a step."""
+        info, found = read_ack(ack_subject), h.parse(raw)
+        self._link, self._ack_subject, self._ended = link, ack_subject, False
+        self.step: Step = codec.read_step(subject, found, body)
+        self.queue = queue
+        self.attempt, self.pending = info.delivered, info.pending
+        self.queued_us = max(0, round(wall_s * 1e6 - info.stored_ns / 1e3))
+        self.reply_to = found.get(subjects.H_REPLY, "")
+        self.headers = raw
+
+    def ack(self) -> None:
+        self._end(b"+ACK")
+
+    def nak(self, delay_s: float = 0.0) -> None:
+        self._end(b'-NAK {"delay": %d}' % round(delay_s * _NANO) if delay_s > 0 else b"-NAK")
+
+    def _end(self, word: bytes) -> None:
+        if not self._ended:
+            self._ended = True
+            self._link.send(self._ack_subject, word)
+
+    def in_progress(self) -> None:
+        if not self._ended:
+            self._link.send(self._ack_subject, b"+WPI")

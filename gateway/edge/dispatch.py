@@ -1,0 +1,206 @@
+"""`execute`: the hot path. A step goes out with one publish, its result comes back on one subscription; no task, no timer for each.
+
+A step is unacked until JetStream has stored it, then pending until its result is here. One sweep looks after both: it sends
+again what was not confirmed (the step's id makes that harmless) and reads results whose reply was lost.
+"""
+
+import asyncio
+import logging
+import math
+import random
+import secrets
+from collections.abc import Iterable
+
+from gateway import subjects
+from gateway.clock import Clock
+from gateway.edge import codec, kept
+from gateway.edge import headers as h
+from gateway.edge.jetstream import STREAM_FULL, ApiError, JetStream, NoAnswer, checked
+from gateway.edge.link import Link
+from gateway.edge.lookup import is_queued
+from gateway.errors import InvalidStep, NearloopError, Rejected, Unavailable
+from gateway.types import Step, StepResult
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.2
+_TRIES = 4
+_FIRST_LOOK_S = 15.0  # a reply that has not come by then is looked for among the stored results
+_LAST_LOOK_S = 120.0
+_LOOKS_AT_ONCE = 32
+KEEP_AFTER_DEADLINE_S = 60
+
+
+def step_ttl_s(step: Step, now_s: float) -> int:
+    """How long an abandoned step may stay in its queue."""
+    return max(0, math.ceil(step.deadline_s - now_s)) + KEEP_AFTER_DEADLINE_S
+
+
+class _Pending:
+    __slots__ = ("due_s", "future", "give_up_s", "look_s", "looks", "region", "step")
+
+    def __init__(self, step: Step, region: str, future: "asyncio.Future[StepResult]") -> None:
+        self.step, self.region, self.future = step, region, future
+        self.due_s = self.give_up_s = self.look_s = 0.0
+        self.looks = 0
+
+
+class Dispatcher:
+    """Steps that this gateway waits for."""
+
+    def __init__(self, gateway_id: str, clock: Clock, publish: Link, consume: Link, js: JetStream, publish_timeout_s: float) -> None:
+        self._clock, self._publish, self._js, self._timeout_s = clock, publish, js, publish_timeout_s
+        self._random = random.Random()
+        self._pending: dict[str, _Pending] = {}
+        self._unacked: dict[str, _Pending] = {}
+        self._ack_prefix = f"_INBOX.{secrets.token_hex(8)}."
+        self._reply_prefix = subjects.reply(gateway_id, "")
+        publish.subscribe(self._ack_prefix + "*", self._on_ack)
+        consume.subscribe(subjects.replies(gateway_id), self._on_reply)
+        publish.on_reconnect.append(self._send_unacked_soon)
+        consume.on_reconnect.append(self._look_soon)
+        self._sweeper: asyncio.Task[None] | None = None
+        self.counters = {"dispatched": 0, "results": 0, "resent": 0, "recovered": 0}
+
+    def start(self) -> None:
+        self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep steps")
+
+    async def close(self) -> None:
+        """Steps still waited for end with Unavailable; they stay in their queues."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        for pending in list(self._pending.values()):
+            self._fail(pending, Unavailable("the gateway is closing"))
+
+    def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        if step.id in self._pending and not self._pending[step.id].future.done():
+            future.set_exception(InvalidStep([("id", f"{step.id} is being executed already")]))
+            return future
+        pending = _Pending(step, region, future)
+        now_s = self._clock.now_s()
+        pending.give_up_s = now_s + _TRIES * self._timeout_s
+        pending.look_s = now_s + _FIRST_LOOK_S
+        self._pending[step.id] = pending
+        self.counters["dispatched"] += 1
+        self._send(pending, now_s)
+        return future
+
+    def _send(self, pending: _Pending, now_s: float) -> None:
+        step = pending.step
+        subject = subjects.step(pending.region, step.kind, step.target, step.lane, step.id)
+        headers = codec.dispatch_headers(step, self._reply_prefix + step.id, step_ttl_s(step, self._clock.wall_s()))
+        pending.due_s = now_s + self._timeout_s * self._random.uniform(0.8, 1.2)
+        self._unacked[step.id] = pending
+        try:
+            self._publish.send(subject, step.input.data, headers, self._ack_prefix + step.id)
+        except InvalidStep as error:
+            self._fail(pending, error)
+
+    def _on_ack(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
+        pending = self._unacked.pop(subject[len(self._ack_prefix) :], None)
+        if pending is None or (not headers and b'"error"' not in data):
+            return
+        try:
+            if headers:
+                raise NoAnswer(h.status(headers)[1])  # nobody listens: the stream is not there (yet)
+            checked(data)
+        except NoAnswer:
+            pending.due_s = self._clock.now_s() + self._random.uniform(0.1, 0.5)
+            self._unacked[pending.step.id] = pending
+        except ApiError as error:
+            self._fail(pending, _refusal(error, pending))
+
+    def _on_reply(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
+        pending = self._pending.get(subject[len(self._reply_prefix) :])
+        if pending is None:
+            return
+        result = codec.read_result(subject, headers, data)
+        if result.tenant == pending.step.tenant:
+            self._finish(pending, result)
+
+    def _finish(self, pending: _Pending, result: StepResult) -> None:
+        self._drop(pending)
+        if not pending.future.done():
+            self.counters["results"] += 1
+            pending.future.set_result(result)
+
+    def _fail(self, pending: _Pending, error: NearloopError) -> None:
+        self._drop(pending)
+        if not pending.future.done():
+            pending.future.set_exception(error)
+            pending.future.exception()  # seen: a caller that has gone away is no reason for a log entry
+
+    def _drop(self, pending: _Pending) -> None:
+        step_id = pending.step.id
+        if self._pending.get(step_id) is pending:
+            del self._pending[step_id]
+            self._unacked.pop(step_id, None)
+
+    def _send_unacked_soon(self) -> None:
+        for pending in self._unacked.values():
+            pending.due_s = 0.0
+
+    def _look_soon(self) -> None:
+        for pending in self._pending.values():
+            pending.look_s = 0.0
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                now_s = self._clock.now_s()
+                self._sweep_unacked(now_s)
+                due = [one for one in self._pending.values() if one.look_s <= now_s or one.future.done()]
+                for pending in due:
+                    if pending.future.done():
+                        self._drop(pending)
+                await self._look([one for one in due if not one.future.done() and one.step.id not in self._unacked], now_s)
+            except Exception:  # the sweep is what repairs; it must outlive its own faults
+                log.exception("a sweep over the waiting steps failed")
+
+    def _sweep_unacked(self, now_s: float) -> None:
+        for pending in [one for one in self._unacked.values() if one.due_s <= now_s or one.future.done()]:
+            if pending.future.done():
+                self._drop(pending)
+            elif pending.give_up_s <= now_s:
+                self._fail(pending, Unavailable(f"NATS did not confirm the step within {_TRIES * self._timeout_s:g} s"))
+            else:
+                self.counters["resent"] += 1
+                self._send(pending, now_s)
+
+    async def _look(self, due: Iterable[_Pending], now_s: float) -> None:
+        rest = list(due)
+        while rest and self._js.link.connected:
+            chunk, rest = rest[:_LOOKS_AT_ONCE], rest[_LOOKS_AT_ONCE:]
+            await asyncio.gather(*(self._look_for(pending) for pending in chunk))
+
+    async def _look_for(self, pending: _Pending) -> None:
+        """Finds a result whose reply was lost; sends the step again when it is neither queued nor ended."""
+        step = pending.step
+        pending.look_s = self._clock.now_s() + min(_LAST_LOOK_S, _FIRST_LOOK_S * 2**pending.looks)
+        pending.looks += 1
+        try:
+            result = await kept.read(self._js, step.tenant, step.id)
+            if result is None and not await is_queued(self._js, step, pending.region):
+                # It may have ended between the two looks.
+                result = await kept.read(self._js, step.tenant, step.id)
+                if result is None and not pending.future.done():
+                    self.counters["resent"] += 1
+                    pending.give_up_s = self._clock.now_s() + _TRIES * self._timeout_s
+                    self._send(pending, self._clock.now_s())
+            if result is not None:
+                self.counters["recovered"] += 1
+                self._finish(pending, result)
+        except Unavailable:
+            pending.look_s = self._clock.now_s() + self._random.uniform(0.5, 1.5)
+
+
+def _refusal(error: ApiError, pending: _Pending) -> NearloopError:
+    step = pending.step
+    if error.err_code == STREAM_FULL:
+        return Rejected(f"the queue of region {pending.region} is full", reason="QUEUE_FULL", scope=pending.region, policy="queue")
+    if error.code == 400:
+        return InvalidStep([("step", f"{step.kind.value}.{step.target}: {error}")])
+    return Unavailable(f"NATS refused the step: {error}")

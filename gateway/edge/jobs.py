@@ -1,0 +1,74 @@
+"""`submit`: a job's record and its step are stored together in one atomic batch, or not at all."""
+
+import asyncio
+import math
+import random
+import secrets
+
+from gateway import subjects
+from gateway.clock import Clock
+from gateway.edge import codec
+from gateway.edge.dispatch import step_ttl_s
+from gateway.edge.jetstream import STREAM_FULL, WRONG_LAST_SEQUENCE, ApiError, JetStream, NoAnswer, until_answered
+from gateway.errors import Rejected, Unavailable
+from gateway.types import Job
+
+# The server takes 50 open batches a stream, from all gateways together.
+_BATCHES_AT_ONCE = 32
+_TOO_MANY_BATCHES = frozenset({10210, 10176, 10211})  # too many in flight; its rest is then an incomplete batch
+_BUSY_TRIES = 50
+
+
+class JobStore:
+    """Writes and reads job records; the records live in the region's stream, next to the queue."""
+
+    def __init__(self, js: JetStream, clock: Clock, job_keep_s: float) -> None:
+        self._js, self._clock, self._keep_s = js, clock, job_keep_s
+        self._slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        self._random = random.Random()
+
+    async def submit(self, job: Job) -> tuple[Job, bool]:
+        """Raises Rejected (QUEUE_FULL), InvalidStep (too large), Unavailable (outcome unknown: ask again with the same id)."""
+        async with self._slots:
+            return await until_answered("a job", lambda tries: self._submit(job, tries))
+
+    async def _submit(self, job: Job, tries: int) -> tuple[Job, bool]:
+        for _ in range(_BUSY_TRIES):
+            try:
+                await self._store(job)
+                return job, True
+            except ApiError as error:
+                if error.err_code in WRONG_LAST_SEQUENCE:
+                    stored = await self.read(job.region, job.step.tenant, job.step.id)
+                    if stored is not None:
+                        # After an unknown outcome the record may be the one that this call wrote.
+                        return stored, tries > 0 and _same(stored, job)
+                elif error.err_code == STREAM_FULL:
+                    raise Rejected(
+                        f"the queue of region {job.region} is full", reason="QUEUE_FULL", scope=job.region, policy="queue"
+                    ) from None
+                elif error.err_code not in _TOO_MANY_BATCHES:
+                    raise Unavailable(f"NATS refused the job: {error}") from None
+            await asyncio.sleep(self._random.uniform(0.002, 0.02))
+        raise NoAnswer("too many batches are open")
+
+    async def _store(self, job: Job) -> None:
+        """Both messages leave in one write. A new batch id each time, since a batch cannot be continued."""
+        step, link, now_s = job.step, self._js.link, self._clock.wall_s()
+        batch = f"Nats-Batch-Id: {secrets.token_hex(8)}\r\nNats-Batch-Sequence: "
+        record_ttl_s = max(1, math.ceil(step.deadline_s - now_s + self._keep_s))
+        record = codec.job_headers(job, extra=f"{batch}1\r\n{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {record_ttl_s}s\r\n")
+        token = codec.step_headers(step, extra=f"{batch}2\r\nNats-Batch-Commit: 1\r\n{codec.H_TTL}: {step_ttl_s(step, now_s)}s\r\n")
+        if not link.send(subjects.job(job.region, step.tenant, step.id), step.input.data, record):
+            raise NoAnswer("the send buffer is full")
+        subject = subjects.step(job.region, step.kind, step.target, step.lane, step.id)
+        await self._js.publish(subject, step.input.data, token)
+
+    async def read(self, region: str, tenant: str, job_id: str) -> Job | None:
+        """From the stream's leader. Raises ApiError, NoAnswer."""
+        found = await self._js.last(subjects.steps_stream(region), subjects.job(region, tenant, job_id))
+        return None if found is None else codec.read_job(found.subject, found.headers, found.data)
+
+
+def _same(stored: Job, job: Job) -> bool:
+    return (stored.digest, round(stored.created_s * 1000)) == (job.digest, round(job.created_s * 1000))

@@ -1,0 +1,191 @@
+"""The worker's side of the bus on NATS."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from gateway import subjects as s
+from gateway.clock import Clock
+from gateway.config import Config
+from gateway.edge import codec, kept, topology
+from gateway.edge.catalogue import write_target, write_worker
+from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
+from gateway.edge.delivery import NatsDelivery
+from gateway.edge.headers import block, escape
+from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, until_answered
+from gateway.edge.link import Link
+from gateway.edge.live import H_OPERATION
+from gateway.edge.pull import PullLoop
+from gateway.edge.replay import ReplayServer
+from gateway.errors import Unavailable
+from gateway.ports import Delivery, Queue, Subscription
+from gateway.types import StepEvent, StepResult, Target, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+_CHECK_S = 1.0
+
+
+class _NatsPuller:
+    """A pull loop whose messages become deliveries; what comes while it closes is handed back."""
+
+    def __init__(self, bus: "NatsWorkerBus", loop: PullLoop) -> None:
+        self._bus, self.loop = bus, loop
+
+    @property
+    def credits(self) -> int:
+        return self.loop.credits
+
+    def want(self, credits: int) -> None:
+        self.loop.want(credits)
+
+    async def close(self) -> None:
+        await self.loop.close()
+        self._bus.pullers.discard(self)
+
+
+class NatsWorkerBus:
+    """A `WorkerBus`: steps are pulled on one connection, results and acknowledgements leave on another."""
+
+    def __init__(self, config: Config, worker_id: str, region: str, clock: Clock) -> None:
+        self._config, self._worker_id, self._region, self._clock = config, worker_id, region, clock
+        self._publish = make_link(config, f"{worker_id} publish")
+        self._consume = make_link(config, f"{worker_id} consume")
+        self.control = make_link(config, f"{worker_id} control")
+        timeout_s = config.nats.publish_timeout_s
+        self._results = JetStream(self._publish, timeout_s)
+        self._js = JetStream(self.control, timeout_s)
+        self.pullers: set[_NatsPuller] = set()
+        self._checker: asyncio.Task[None] | None = None
+        self.counters = {"delivered": 0, "redelivered": 0, "malformed": 0, "committed": 0, "lost_commits": 0}
+
+    async def start(self) -> None:
+        """Raises Unavailable, TopologyMismatch."""
+        await asyncio.gather(*(link.start(CONNECT_TIMEOUT_S) for link in (self._publish, self._consume, self.control)))
+        await topology.ensure_streams(self._js, self._config)
+        self._checker = asyncio.create_task(self._check_forever(), name="check pull loops")
+
+    async def close(self) -> None:
+        if self._checker is not None:
+            self._checker.cancel()
+            await asyncio.gather(self._checker, return_exceptions=True)
+        await asyncio.gather(*(puller.close() for puller in list(self.pullers)))
+        await asyncio.gather(*(link.close() for link in (self._consume, self._publish, self.control)))
+
+    @property
+    def connected(self) -> bool:
+        return self._publish.connected and self._consume.connected
+
+    async def _check_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            for puller in list(self.pullers):
+                puller.loop.check()
+
+    async def announce(self, targets: Sequence[Target]) -> None:
+        await topology.ensure_consumers(self._js, self._config, targets)
+        for target in targets:
+            subject, data = f"$KV.{s.TARGETS_BUCKET}.{target.scope}", write_target(target)
+            await until_answered("an announcement", lambda _, subject=subject, data=data: self._js.publish(subject, data, b""))
+
+    def _worker_key(self, info: WorkerInfo) -> str:
+        return f"$KV.{s.WORKERS_BUCKET}.{info.region}.{info.id}"
+
+    async def heartbeat(self, info: WorkerInfo) -> None:
+        # Without an acknowledgement: the next one comes soon.
+        self.control.send(self._worker_key(info), write_worker(info))
+
+    async def retire(self, info: WorkerInfo) -> None:
+        headers = block(f"{H_OPERATION}: DEL\r\n")
+        await until_answered("a farewell", lambda _: self._js.publish(self._worker_key(info), b"", headers))
+
+    async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> _NatsPuller:
+        loop: PullLoop
+
+        def on_message(subject: str, reply: str, headers: bytes, data: bytes) -> None:
+            self._deliver(queue, loop.closing, on_delivery, subject, reply, headers, data)
+
+        def ensure() -> Awaitable[None]:
+            return topology.ensure_consumer(self._js, self._config, queue.region, queue.kind, queue.target, queue.lane)
+
+        await ensure()
+        stream, consumer = s.steps_stream(queue.region), s.consumer(queue.kind, queue.target, queue.lane)
+        loop = PullLoop(self._consume, self._clock, stream, consumer, topology.PRIORITY_GROUP, queue.priority, on_message, ensure)
+        puller = _NatsPuller(self, loop)
+        self.pullers.add(puller)
+        return puller
+
+    def _deliver(
+        self,
+        queue: Queue,
+        closing: bool,
+        on_delivery: Callable[[Delivery], None],
+        subject: str,
+        ack_subject: str,
+        headers: bytes,
+        data: bytes,
+    ) -> None:
+        try:
+            delivery = NatsDelivery(self._publish, queue, subject, ack_subject, headers, data, self._clock.wall_s())
+        except (ValueError, KeyError) as error:
+            # Not written by a gateway: nobody waits for it and it would come back for ever.
+            log.warning("%s is not a step and is removed: %s", subject, error)
+            self.counters["malformed"] += 1
+            self._publish.send(ack_subject, b"+TERM")
+            return
+        if closing:
+            delivery.nak()
+            return
+        self.counters["delivered"] += 1
+        self.counters["redelivered"] += delivery.attempt > 1
+        on_delivery(delivery)
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+        return await kept.read(self._js, tenant, step_id)
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool:
+        first = await kept.commit(self._results, result, keep_s)
+        self.counters["committed" if first else "lost_commits"] += 1
+        return first
+
+    async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
+        step = delivery.step
+        extra = (
+            f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_LANE}: {step.lane.value}\r\n{s.H_ATTEMPT}: {delivery.attempt}\r\n"
+            f"{s.H_WORKER}: {self._worker_id}\r\n{s.H_REASON}: {escape(reason)}\r\n"
+            f"{s.H_MESSAGE}: {escape(message[: codec.MAX_MESSAGE_CHARACTERS])}\r\n"
+        )
+        subject = s.dead(delivery.queue.region, step.kind, step.target, step.id)
+        headers = codec.step_headers(step, extra=extra)
+
+        async def attempt(_: int) -> None:
+            try:
+                await self._js.publish(subject, step.input.data, headers)
+            except ApiError as error:
+                if error.err_code not in WRONG_LAST_SEQUENCE:
+                    raise Unavailable(f"NATS refused a dead letter: {error}") from None
+
+        await until_answered("a dead letter", attempt)
+
+    def reply(self, subject: str, result: StepResult) -> None:
+        self._publish.send(subject, result.output.data, codec.result_headers(result))
+
+    def publish_event(self, tenant: str, event: StepEvent) -> None:
+        body = event.payload.data if event.payload is not None else b""
+        self._publish.send(s.event(tenant, event.step_id), body, codec.event_headers(event))
+
+    async def on_cancel(self, callback: Callable[[str, str], None]) -> Subscription:
+        def on_message(subject: str, _reply: str, _headers: bytes, _data: bytes) -> None:
+            _, _, tenant, step_id = subject.split(".")
+            callback(tenant, step_id)
+
+        return await self._subscribed(self.control, s.cancel("*", "*"), on_message)
+
+    async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
+        server = ReplayServer(self.control, answer)
+        return await self._subscribed(self.control, s.replay("*", "*"), server.on_request)
+
+    async def _subscribed(self, link: Link, subject: str, handler: Callable[[str, str, bytes, bytes], None]) -> Subscription:
+        subscription = link.subscribe(subject, handler)
+        await link.barrier()
+        return subscription

@@ -1,0 +1,270 @@
+"""The Triton executor against a real Triton on the CPU, and its codec alone."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+import urllib.request
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2
+
+from gateway import tensors
+from gateway.config import Config, TritonSection
+from gateway.errors import Expired, InvalidStep, StepFailed, Unavailable
+from gateway.types import JSON, TENSORS, Kind, Payload, Step, TensorSpec
+from workers import triton_aftermath, triton_server
+from workers.triton import TritonExecutor
+from workers.triton_codec import Form, Model, decode, encode, join
+
+MODELS = ("echo", "embed", "tokens", "busy")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Triton:
+    """A tritonserver with the four models, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repository = folder / "models"
+        self.repository.mkdir()
+        for name in MODELS:
+            (self.repository / name).symlink_to(triton_server.MODEL_REPOSITORY / name)
+        self.backends = triton_server.prepare(folder)
+        self.http, self.grpc, self.metrics = free_ports(3)
+        self.prefix = f"nltest{os.getpid()}x{self.grpc}"
+        self.log = folder / "triton.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def config(self) -> Config:
+        return Config(triton=TritonSection(url=f"127.0.0.1:{self.grpc}"))
+
+    def start(self) -> None:
+        argv, env = triton_server.command(
+            self.repository, self.backends, self.http, self.grpc, self.metrics, shm_prefix=self.prefix
+        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/health/ready", timeout=2).close()
+                return
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, "Triton did not become ready"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=20)
+        triton_aftermath.remove_shared_memory(self.prefix)
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    try:
+        server = Triton(tmp_path_factory.mktemp("triton"))
+    except triton_server.TritonSetupError as error:
+        pytest.skip(str(error))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def executor(triton: Triton) -> AsyncGenerator[TritonExecutor, None]:
+    executor = TritonExecutor(triton.config, "home")
+    await executor.start()
+    yield executor
+    await executor.close()
+
+
+@dataclass
+class FakeWork:
+    step: Step
+    attempt: int = 1
+    left_s: float = 30.0
+    tokens: list[Payload] = field(default_factory=list)
+    first_token: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def remaining_s(self) -> float:
+        return self.left_s
+
+    def emit(self, token: Payload) -> None:
+        self.tokens.append(token)
+        self.first_token.set()
+
+    def progress(self, fraction: float, message: str) -> None:
+        raise AssertionError("a model has no progress")
+
+
+def work(target: str, body: object, *, content_type: str = JSON, left_s: float = 30.0) -> FakeWork:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    step = Step("step-1", "acme", Kind.INFER, target, Payload(data, content_type), deadline_s=0.0)
+    return FakeWork(step, left_s=left_s)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(30):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+def threads(server: Triton, model: str) -> int:
+    """Threads in the process of a Python model: `busy` and `tokens` have one for each request in work."""
+    assert server.process is not None
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = status.read_bytes()
+            if server.prefix.encode() in words and f"/{model}/1/model.py".encode() in words:
+                return len(list(status.with_name("task").iterdir()))
+    raise AssertionError(f"model {model} has no process")
+
+
+# ---- the real server -----------------------------------------------------------------------------------------------------------
+
+
+async def test_targets_carry_what_triton_says(executor: TritonExecutor) -> None:
+    targets = {target.name: target for target in executor.targets()}
+    assert set(targets) == set(MODELS)
+    embed = targets["embed"]
+    assert embed.tensor_inputs == (TensorSpec("text", "BYTES", (-1, 1)),)
+    assert embed.tensor_outputs == (TensorSpec("embedding", "FP32", (-1, 384)),)
+    assert embed.max_batch_size == 64
+    assert embed.home_region == "home"
+    assert embed.idempotent
+    assert embed.slots >= 64
+    assert "streams tokens" in targets["tokens"].description
+    assert all(executor.ready(name) for name in MODELS)
+    assert not executor.ready("unknown")
+
+
+async def test_json_body_goes_in_and_comes_back(executor: TritonExecutor) -> None:
+    body = '{"text": "Größe", "n": [1, 2]}'.encode()
+    output = await executor.execute(work("echo", body))
+    assert output == Payload(body, JSON)
+
+
+async def test_kserve_json_and_raw_tensors_agree(executor: TritonExecutor) -> None:
+    asked = {"inputs": [{"name": "text", "shape": [2, 1], "datatype": "BYTES", "data": [["read a file"], ["sort a list"]]}]}
+    answer = json.loads((await executor.execute(work("embed", asked))).data)
+    assert answer["model_name"] == "embed"
+    (output,) = answer["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("embedding", "FP32", [2, 384])
+
+    texts = np.array([["read a file"], ["sort a list"]], dtype=np.object_)
+    raw = await executor.execute(work("embed", tensors.encode({"text": texts}).data, content_type=TENSORS))
+    embedding = tensors.decode(raw)["embedding"]
+    assert embedding.shape == (2, 384)
+    np.testing.assert_allclose(np.array(output["data"]).reshape(2, 384), embedding, rtol=1e-6)
+
+
+async def test_decoupled_model_streams_tokens_and_ends_with_all(executor: TritonExecutor) -> None:
+    asked = work("tokens", {"text": "one two three"})
+    output = await executor.execute(asked)
+    assert [json.loads(token.data) for token in asked.tokens] == [{"token": "one"}, {"token": "two"}, {"token": "three"}]
+    assert json.loads(output.data) == {"tokens": [{"token": "one"}, {"token": "two"}, {"token": "three"}]}
+
+
+@pytest.mark.parametrize("model", ["tokens", "busy"])
+async def test_the_models_refusal_is_the_steps_failure(executor: TritonExecutor, model: str) -> None:
+    with pytest.raises(StepFailed) as failure:
+        await executor.execute(work(model, {"text": 5, "ms": "x"}))
+    assert failure.value.code == "INVALID_ARGUMENT"
+    assert failure.value.reason == "MODEL_REFUSED_INPUT"
+    assert model in failure.value.message
+
+
+async def test_a_wrong_shape_is_refused_by_triton(executor: TritonExecutor) -> None:
+    asked = {"inputs": [{"name": "text", "shape": [1, 2], "datatype": "BYTES", "data": ["a", "b"]}]}
+    with pytest.raises(StepFailed) as failure:
+        await executor.execute(work("embed", asked))
+    assert failure.value.code == "INVALID_ARGUMENT"
+
+
+async def test_the_deadline_reaches_triton(executor: TritonExecutor) -> None:
+    with pytest.raises(Expired):
+        await executor.execute(work("busy", {"ms": 600_000}, left_s=0.2))
+
+
+@pytest.mark.parametrize(("model", "body"), [("busy", {"ms": 600_000}), ("tokens", {"text": "word " * 1000, "delay_ms": 100})])
+async def test_cancelling_reaches_the_model(triton: Triton, executor: TritonExecutor, model: str, body: object) -> None:
+    """The model lets go of the request long before its time, which it does only when Triton says that the caller has gone."""
+
+    async def idle() -> bool:
+        return threads(triton, model) == idle_threads
+
+    async def at_work() -> bool:
+        return threads(triton, model) > idle_threads
+
+    await executor.execute(work(model, {"text": "", "ms": 0}))
+    idle_threads = threads(triton, "echo")  # the stub's own: the same in every model
+    await eventually(idle)
+    asked = work(model, body)
+    task = asyncio.create_task(executor.execute(asked))
+    await eventually(at_work)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(idle)
+    assert len(asked.tokens) < 1000
+
+
+async def test_no_address_and_nobody_there_are_unavailable() -> None:
+    with pytest.raises(Unavailable, match="no Triton is configured"):
+        await TritonExecutor(Config(), "home").start()
+    (port,) = free_ports(1)
+    executor = TritonExecutor(Config(triton=TritonSection(url=f"127.0.0.1:{port}")), "home")
+    with pytest.raises(Unavailable, match="does not answer"):
+        await executor.start()
+    await executor.close()
+
+
+async def test_work_goes_back_while_triton_is_down_and_on_when_it_is_back(tmp_path: Path) -> None:
+    try:
+        server = Triton(tmp_path)
+    except triton_server.TritonSetupError as error:
+        pytest.skip(str(error))
+    for name in ("embed", "tokens"):
+        (server.repository / name).unlink()
+    server.start()
+    try:
+        executor = TritonExecutor(server.config, "home")
+        await executor.start()
+        task = asyncio.create_task(executor.execute(work("busy", {"ms": 600_000})))
+        await executor.execute(work("busy", {"ms": 0}))
+        await asyncio.to_thread(server.kill)
+        with pytest.raises(Unavailable):
+            await task
+        assert not executor.ready("busy")
+        with pytest.raises(Unavailable):
+            await executor.execute(work("echo", {}))
+        assert {target.name for target in executor.targets()} == {"echo", "busy"}
+        await asyncio.to_thread(server.start)
+
+        async def ready() -> bool:
+            return executor.ready("echo")
+
+        await eventually(ready)
+        assert (await executor.execute(work("echo", {"a": 1}))).data == b'{"a": 1}'
+        await executor.close()
+    finally:
+        server.kill()

@@ -1,0 +1,201 @@
+"""The executor for models in Triton Inference Server.
+
+One channel. Batching is Triton's: each step is sent at once (policy `passthrough`), the slots of its target bound how many are there.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from gateway.config import Config
+from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unavailable
+from gateway.ports import Work
+from gateway.types import Payload, Target
+from workers.triton_catalogue import CALL_TIMEOUT_S, Served, TritonCatalogue
+from workers.triton_codec import decode, encode, join
+
+log = logging.getLogger("nearloop.worker.triton")
+
+REFRESH_S = 1.0
+MOST_MESSAGE = 256  # characters of Triton's own text in an error
+# With it Triton ends a failed stream with a gRPC status instead of a bare text.
+_STREAM_STATUS = ("triton_grpc_error", "true")
+
+_BUSY_OR_GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED})
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """The client's own defaults are no message cap, no keepalive and minutes between attempts to connect again."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 2),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+
+
+class TritonExecutor:
+    """Serves every ready model of one Triton; models that come and go later are noticed within about a second."""
+
+    def __init__(self, config: Config, region: str, *, random_source: Callable[[], float] = random.random) -> None:
+        """region is where this worker is; the models' home is the region of the configuration's [triton]."""
+        self._address = config.triton.url.removeprefix("grpc://")
+        self._max_message_bytes = config.triton.max_message_bytes
+        self._home_region = config.triton.region
+        self._region = region
+        self._random = random_source
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+        self._catalogue: TritonCatalogue | None = None
+        self._served: dict[str, Served] = {}
+        self._announced: dict[str, Target] = {}  # a model that is gone stays a target: its steps wait in their queue
+        self._up = False
+        self._refresher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises Unavailable while Triton is not ready or serves no model."""
+        if not self._address:
+            raise Unavailable("no Triton is configured: give its gRPC address as [triton] url or --triton")
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=channel_options(self._max_message_bytes))
+            self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+            self._catalogue = TritonCatalogue(self._stub, self._home_region)
+        await self._refresh()
+        if not self._served:
+            raise Unavailable(f"Triton at {self._address} serves no model")
+        self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def close(self) -> None:
+        if self._refresher is not None:
+            self._refresher.cancel()
+            await asyncio.gather(self._refresher, return_exceptions=True)
+            self._refresher = None
+        self._up = False
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    def targets(self) -> Sequence[Target]:
+        return tuple(self._announced.values())
+
+    def ready(self, target: str) -> bool:
+        return self._up and target in self._served
+
+    async def execute(self, work: Work) -> Payload:
+        """Raises InvalidStep, StepFailed, Expired; Unavailable while Triton or the model is away."""
+        step = work.step
+        served = self._served.get(step.target)
+        if served is None or not self._up:
+            raise Unavailable(f"model {step.target} is not ready in Triton at {self._address}")
+        request, form = encode(served.model, step.input, step.id)
+        if len(step.input.data) > self._max_message_bytes // 2 and request.ByteSize() > self._max_message_bytes:
+            raise InvalidStep([("input", f"is larger than the {self._max_message_bytes} bytes that go to Triton in one message")])
+        metadata = [("traceparent", step.traceparent)] if step.traceparent else []
+        if step.tracestate:
+            metadata.append(("tracestate", step.tracestate))
+        timeout_s = min(work.remaining_s(), 3600.0)
+        try:
+            if not served.model.decoupled:
+                return decode(await self._infer(request, metadata, timeout_s), form)
+            tokens: list[Payload] = []
+            async with aclosing(self._stream(request, [*metadata, _STREAM_STATUS], timeout_s)) as responses:
+                async for response in responses:
+                    token = decode(response, form)
+                    tokens.append(token)
+                    work.emit(token)
+            return join(tokens, form)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error, step.target) from None
+
+    async def _infer(self, request: Any, metadata: list[tuple[str, str]], timeout_s: float) -> Any:
+        call = self._stub.ModelInfer(request, metadata=metadata, timeout=timeout_s)
+        try:
+            return await call
+        finally:
+            if not call.done():
+                call.cancel()  # the step was cancelled: so is the inference
+
+    async def _stream(self, request: Any, metadata: list[tuple[str, str]], timeout_s: float) -> AsyncGenerator[Any, None]:
+        """One stream for each step: on a shared one an error does not say whose it is."""
+        call = self._stub.ModelStreamInfer(metadata=metadata, timeout=timeout_s)
+        try:
+            await call.write(request)
+            await call.done_writing()
+            async for response in call:
+                if response.error_message:
+                    raise StepFailed(_text(request.model_name, response.error_message), reason="MODEL_FAILED")
+                if response.infer_response.outputs:  # the last response of a stream may be empty
+                    yield response.infer_response
+        except asyncio.InvalidStateError:
+            raise await _status(call) from None  # the call ended while the request was being written
+        finally:
+            if not call.done():
+                call.cancel()
+
+    def _translate(self, error: grpc.aio.AioRpcError, model: str) -> NearloopError:
+        code, details = error.code(), error.details() or ""
+        if code in _BUSY_OR_GONE:
+            if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("Request for"):
+                self._up = False  # until the next look says otherwise
+            return Unavailable(f"Triton at {self._address} cannot take work for model {model} now ({code.name})")
+        if code is grpc.StatusCode.INTERNAL and "Stub process" in details:  # the Python backend's process died
+            return Unavailable(f"model {model} lost its process in Triton at {self._address}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Expired(f"model {model} did not answer before the deadline")
+        if code is grpc.StatusCode.INVALID_ARGUMENT:
+            return StepFailed(_text(model, details), code=code.name, reason="MODEL_REFUSED_INPUT")
+        return StepFailed(_text(model, details), code=code.name, reason="MODEL_FAILED")
+
+    # ---- readiness -----------------------------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        """Raises Unavailable."""
+        assert self._catalogue is not None
+        try:
+            ready = await self._stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=CALL_TIMEOUT_S)
+            if not ready.ready:
+                raise Unavailable(f"Triton at {self._address} is not ready: it still loads a model, or failed to")
+            self._served = await self._catalogue.read(self._served)
+        except grpc.aio.AioRpcError as error:
+            self._up = False
+            raise Unavailable(f"Triton at {self._address} does not answer ({error.code().name})") from None
+        except Unavailable:
+            self._up = False
+            raise
+        self._announced |= {name: served.target for name, served in self._served.items()}
+        self._up = True
+
+    async def _keep_fresh(self) -> None:
+        was_up = True
+        while True:
+            await asyncio.sleep(REFRESH_S * (0.75 + self._random() / 2))
+            try:
+                await self._refresh()
+            except Unavailable as error:
+                if was_up:
+                    log.warning("%s; its work stays in the queue", error.message)
+                was_up = False
+            else:
+                if not was_up:
+                    log.info("Triton at %s is back", self._address)
+                was_up = True
+
+
+def _text(model: str, details: str) -> str:
+    return f"model {model}: {details[:MOST_MESSAGE]}"
+
+
+async def _status(call: Any) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+    )
