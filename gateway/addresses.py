@@ -2,6 +2,8 @@
 
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -22,15 +24,11 @@ def split(address: str) -> tuple[str, int]:
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT can be listened on
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
+    try:
+        with listening(port, host):
+            return True
+    except OSError:
+        return False
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -57,3 +55,14 @@ def choose(port: int, option: str, host: str = "127.0.0.1") -> int:
     if not is_free(port, host):
         raise PortInUse(f"port {port} on {host} is in use: stop what listens there or choose another one with {option} (0: any)")
     return port
+
+
+@contextmanager
+def listening(port: int, host: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A listener on the port, which therefore nobody else can take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT can be listened on
+        listener.bind((host, port))
+        listener.listen(1)
+        yield listener

@@ -1,65 +1,20 @@
 """nearloop ...: starts a stack, runs one part, asks a gateway. Each command imports what it needs when it runs."""
 
-import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from gateway import __version__
-from gateway.addresses import PortInUse
+from gateway import __version__, cli_client, cli_doctor
+from gateway.cli_common import ConfigFile, Group, run_async
 from gateway.config import Config, load
-from gateway.errors import ConfigError, NearloopError
 from gateway.supervised import PartFailed
 
-_EXPECTED = (ConfigError, NearloopError, PartFailed, PortInUse, OSError, TimeoutError)
-
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", envvar="NEARLOOP_CONFIG", help="TOML file; without one the defaults: one region, `home`.")
-]
-
-
-class _Group(TyperGroup):
-    """Exit codes: 0, 1 for what went wrong (one sentence on stderr), 2 for a wrong command line."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            foreign = type(error).__module__.startswith("grpc")
-            if os.environ.get("NEARLOOP_DEBUG") or not (foreign or isinstance(error, _EXPECTED)):
-                raise
-            typer.echo(f"nearloop: {sentence(error)}", err=True)
-            raise typer.Exit(1) from error
-
-
-def sentence(error: Exception) -> str:
-    """What a person should read of an error."""
-    if isinstance(error, NearloopError):
-        again = f" (try again in {error.retry_after_s:.1f} s)" if error.retry_after_s else ""
-        return f"{error.code} {error.reason}: {error.message}{again}"
-    if type(error).__module__.startswith("grpc") and hasattr(error, "details") and hasattr(error, "code"):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__
-
-
-def run_async(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
-    """Runs main on uvloop and exits with what it returns."""
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(main())
-    if code:
-        raise typer.Exit(code)
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -146,8 +101,15 @@ def worker(
     if region not in config.region_names:
         raise typer.BadParameter(f"there is no region {region!r} in the configuration: it has {', '.join(config.region_names)}")
     _need_nats(config, region)
-    argv = [sys.executable, "-P", "-m", "workers.serve", "--kind", kinds[what], "--region", region]
-    os.execv(sys.executable, [*argv, *(["--config", str(config_file)] if config_file else [])])
+    _log_to_stderr()
+    from gateway.types import Kind
+    from workers.serve import run_worker
+
+    async def main() -> int:
+        await run_worker(config, Kind(kinds[what]), region)
+        return 0
+
+    run_async(main)
 
 
 def _need_nats(config: Config, region: str) -> None:
@@ -158,12 +120,12 @@ def _need_nats(config: Config, region: str) -> None:
 @app.command(epilog='Example: `nearloop demo --ask "how do I read a file line by line"`')
 def demo(
     ask: Annotated[list[str] | None, typer.Option("--ask", help="A question about Python's standard library; may be repeated.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Keeps queues and logs here; without it nothing is left behind.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running until Ctrl-C.")] = False,
 ) -> None:
     """Start everything, let agents answer questions over two regions, show where the time went, stop everything."""
     from gateway.demo.run import DemoOptions, run_demo
 
-    run_async(lambda: run_demo(DemoOptions(questions=tuple(ask or ()), state_dir=state_dir)))
+    run_async(lambda: run_demo(DemoOptions(ask=tuple(ask or ()), keep=keep)))
 
 
 @app.command(epilog="Example: `nearloop key --tenant acme`, then put the printed lines under `[[auth.keys]]`.")
@@ -186,7 +148,9 @@ def config_check(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> 
     """Say what is wrong with a configuration, everything at once."""
     config = load(file)
     keys = len(config.auth.keys)
-    who = f"{keys} API key{'' if keys == 1 else 's'}" + (f", tenant {config.auth.anonymous_tenant!r} without a key" * bool(config.auth.anonymous_tenant))
+    who = f"{keys} API key{'' if keys == 1 else 's'}" + (
+        f", tenant {config.auth.anonymous_tenant!r} without a key" * bool(config.auth.anonymous_tenant)
+    )
     typer.echo(f"{file} is valid: regions {', '.join(config.region_names)}; {who}; policies {', '.join(p.use for p in config.policies)}")
     if not keys and not config.auth.anonymous_tenant:
         typer.echo("note: nobody can call: add [[auth.keys]] (see `nearloop key`) or auth.anonymous_tenant", err=True)
@@ -194,10 +158,6 @@ def config_check(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> 
 
 def main() -> None:
     """The console script."""
-    from gateway import cli_client, cli_doctor
-
-    cli_client.register(app)
-    cli_doctor.register(app)
     try:
         app(prog_name="nearloop")
     except KeyboardInterrupt:
@@ -209,6 +169,8 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
+cli_client.register(app)
+cli_doctor.register(app)
 app.add_typer(config_app, name="config")
 
 if __name__ == "__main__":

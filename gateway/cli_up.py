@@ -1,5 +1,6 @@
 """What `nearloop up` does between its command line and the stack."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,21 +38,27 @@ def settle(config: Config, is_default: bool, listen: str, nats: str, triton: str
     return config
 
 
-async def stay_up(
-    config: Config, state_dir: Path | None, triton: bool, gateways: int, ports: Ports, on_line: Callable[[str], None]
-) -> int:
+async def stay_up(config: Config, state_dir: Path | None, triton: bool, gateways: int, ports: Ports, on_line: Callable[[str], None]) -> int:
     """Runs the stack until Ctrl-C or SIGTERM; returns the exit code. Raises PartFailed, PortInUse."""
     stack = Stack(config, state_dir=state_dir, on_line=on_line, gateways=gateways, triton=triton, ports=ports)
     with interrupts(stack.kill_now) as stop:
-        entered = await _unless(stop, stack)
-        if not entered:
+        asked = asyncio.create_task(stop.wait())
+        entering = asyncio.create_task(stack.__aenter__())
+        await asyncio.wait({entering, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not entering.done():
+            on_line("stopping ...")
+            entering.cancel()  # it stops what it has started
+            await asyncio.wait({entering})
             return 0
-        on_line(
-            f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {stack.nats_url}"
-            f"{f', triton {stack.triton_url}' if triton else ''}; state in {stack.state_dir}; Ctrl-C stops"
-        )
-        await stop.wait()
-        on_line("stopping ...")
-        await stack.__aexit__(None, None, None)
+        entering.result()
+        try:
+            on_line(
+                f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {stack.nats_url}, "
+                f"triton {stack.triton_url or 'none'}, state in {stack.state_dir}; Ctrl-C stops"
+            )
+            await asked
+            on_line("stopping ...")
+        finally:
+            await stack.__aexit__(None, None, None)
         on_line("stopped")
     return 0

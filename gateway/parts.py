@@ -155,11 +155,9 @@ async def check_existing_nats(urls: tuple[str, ...]) -> None:
         try:
             if (await probes.nats_info(url)).get("jetstream"):
                 return
-            problems.append(f"the NATS server at {_shown(url)} has JetStream off: turn it on, or leave --nats out to start one here")
+            problems.append(f"the NATS server at {shown_url(url)} has JetStream off: turn it on, or leave --nats out to start one here")
         except (OSError, TimeoutError, ValueError) as error:
-            problems.append(
-                f"no NATS server answers at {_shown(url)} ({str(error) or 'timed out'}): correct --nats, or leave it out to start one here"
-            )
+            problems.append(f"no NATS server answers at {shown_url(url)} ({str(error) or 'timed out'}): correct --nats or leave it out")
     raise PartFailed("; ".join(problems))
 
 
@@ -174,7 +172,7 @@ async def check_existing_triton(address: str) -> None:
     raise PartFailed(f"Triton at {address} {problem}")
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """Without user and password, which never reach a log."""
     parts = urlsplit(url if "://" in url else f"nats://{url}")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"

@@ -16,7 +16,9 @@ from gateway import addresses, parts, toml_writer
 from gateway.config import Config
 from gateway.guard import Guard
 from gateway.supervised import Supervised
-from gateway.supervisor import Part, PartFailed, Supervisor
+from gateway.supervisor import Part, PartFailed, Supervisor, interrupts
+
+__all__ = ["Ports", "Stack", "default_workers", "interrupts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Stack:
         self._ports = ports
         self._shm_prefix = f"nearloop-{secrets.token_hex(4)}-"
         self._lock = -1
+        self._monitoring_url = ""
+        self._running: Supervisor | None = None
         self.config = config  # the effective one, once entered
         self.state_dir = Path()
         self.gateway_addresses: tuple[str, ...] = ()
@@ -84,6 +88,12 @@ class Stack:
         return self.state_dir / "nearloop.toml"
 
     @property
+    def _supervisor(self) -> Supervisor:
+        if self._running is None:
+            raise RuntimeError("the stack has not been entered")
+        return self._running
+
+    @property
     def part_names(self) -> tuple[str, ...]:
         return self._supervisor.names
 
@@ -100,14 +110,16 @@ class Stack:
 
     def kill_now(self) -> None:
         """SIGKILL for everything, for a person without patience."""
-        self._supervisor.kill_now()
+        if self._running is not None:
+            self._running.kill_now()
 
     async def __aenter__(self) -> Self:
+        """Raises PartFailed, PortInUse."""
         parts.check_python()
         self._guard = Guard()
         try:
             self._open_state_dir()
-            self._supervisor = Supervisor(await self._prepare(), self.state_dir / "logs", self._guard, self._on_line)
+            self._running = Supervisor(await self._prepare(), self.state_dir / "logs", self._guard, self._on_line)
         except BaseException:
             self._close_state_dir()
             self._guard.close()
@@ -163,9 +175,9 @@ class Stack:
         if config.nats.urls or all(region.nats_urls for region in config.regions):
             await parts.check_existing_nats(config.nats.urls or config.nats_urls(config.gateway.region))
         else:
-            nats = parts.nats_part(
-                self.state_dir, addresses.choose(ports.nats, "--nats-port"), addresses.choose(ports.nats_monitoring, "--nats-http-port")
-            )
+            monitoring_port = addresses.choose(ports.nats_monitoring, "--nats-http-port")
+            nats = parts.nats_part(self.state_dir, addresses.choose(ports.nats, "--nats-port"), monitoring_port)
+            self._monitoring_url = f"http://127.0.0.1:{monitoring_port}"
             config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": (nats.address,)})})
             servers.append(nats)
         if config.triton.url and self._with_triton:
@@ -215,6 +227,7 @@ class Stack:
             "gateway": self.gateway_address,
             "gateways": self.gateway_addresses,
             "nats": self.nats_url,
+            "nats_monitoring": self._monitoring_url,
             "triton": self.triton_url,
             "config": str(self.config_file),
             "pids": {name: self.part(name).pid for name in self.part_names},

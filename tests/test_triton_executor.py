@@ -56,9 +56,7 @@ class Triton:
         return Config(triton=TritonSection(url=f"127.0.0.1:{self.grpc}"))
 
     def start(self) -> None:
-        argv, env = triton_server.command(
-            self.repository, self.backends, self.http, self.grpc, self.metrics, shm_prefix=self.prefix
-        )
+        argv, env = triton_server.command(self.repository, self.backends, self.http, self.grpc, self.metrics, shm_prefix=self.prefix)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 60

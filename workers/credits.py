@@ -42,8 +42,3 @@ def plan(free: int, loads: Sequence[QueueLoad]) -> list[int]:
         spare -= more
         planned.append(max(1, min(demand, base + more)))
     return planned
-
-
-def worth_asking(outstanding: int, planned: int) -> bool:
-    """True when half of the planned credits are used up: one request for many messages costs the server as much as for one."""
-    return outstanding <= planned // 2 and outstanding < planned

@@ -2,11 +2,15 @@
 
 import asyncio
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from gateway.clock import Clock
 from gateway.ports import Delivery
 from gateway.types import EventKind, Payload, Step
 from workers.events import EventLog
+
+if TYPE_CHECKING:
+    from workers.lanes import Lane
 
 
 class Stop(Enum):
@@ -33,9 +37,9 @@ class Held:
         "attempt",
         "delivery",
         "key",
+        "lane",
         "log",
         "phase",
-        "queue",
         "queue_us",
         "service_s",
         "step",
@@ -43,12 +47,12 @@ class Held:
         "task",
     )
 
-    def __init__(self, delivery: Delivery, clock: Clock) -> None:
+    def __init__(self, delivery: Delivery, lane: "Lane", clock: Clock) -> None:
         step = delivery.step
+        self.lane = lane
         self.delivery = delivery
         self.step: Step = step
         self.attempt: int = delivery.attempt
-        self.queue = delivery.queue
         self.queue_us = delivery.queued_us  # the wait for a slot is added when it starts
         self.key = (step.tenant, step.id)
         self.arrived_s = clock.now_s()

@@ -3,7 +3,7 @@
 from workers.model_io import Body, need
 from workers.words import concepts, stems, terms, weight
 
-SUFFICIENT = 0.75
+SUFFICIENT = 0.6
 _COVER_FACTOR, _NAME_FACTOR, _FOCUS_FACTOR, _EXACT_FACTOR = 0.6, 0.2, 0.1, 0.1
 _KIN = 0.6  # credit for a term of the same family (compress, compression)
 _KIN_PREFIX = 5  # characters in common that make a family

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from gateway.ports import Puller, Queue
 from gateway.types import LANES
-from workers.credits import QueueLoad, plan, worth_asking
+from workers.credits import QueueLoad, plan
 from workers.held import Held
 
 
@@ -43,9 +43,9 @@ class TargetLanes:
         self.waiting = 0
         self.is_open = False  # pull only while open
         self._start = start
-        self._by_queue = {queue: Lane(queue) for queue in queues}
-        self._by_credit = sorted(self._by_queue.values(), key=_credit_order)
-        self._by_start = sorted(self._by_queue.values(), key=_start_order)
+        lanes = [Lane(queue) for queue in queues]
+        self._by_credit = sorted(lanes, key=_credit_order)
+        self._by_start = sorted(lanes, key=_start_order)
 
     @property
     def lanes(self) -> list[Lane]:
@@ -53,7 +53,7 @@ class TargetLanes:
 
     def offer(self, held: Held) -> None:
         """A step has come: it starts now or waits for a slot."""
-        lane = self._by_queue[held.queue]
+        lane = held.lane
         lane.in_hand += 1
         lane.pending = held.delivery.pending
         if self.running < self.slots:
@@ -65,7 +65,7 @@ class TargetLanes:
 
     def finished(self, held: Held) -> None:
         """A started step is over: its slot goes to the first that waits."""
-        lane = self._by_queue[held.queue]
+        lane = held.lane
         lane.in_hand -= 1
         if not lane.in_hand and lane.puller is not None and lane.puller.credits:
             lane.pending = 0  # a credit is out and nothing came for it: others took what waited
@@ -78,7 +78,7 @@ class TargetLanes:
 
     def start_now(self, held: Held) -> None:
         """Starts a step that waits, whatever the slots; does nothing for another one."""
-        lane = self._by_queue[held.queue]
+        lane = held.lane
         if held in lane.waiting:
             lane.waiting.remove(held)
             self.waiting -= 1
@@ -99,7 +99,8 @@ class TargetLanes:
         if not self.is_open:
             return
         loads = [QueueLoad(lane.puller.credits if lane.puller is not None else 0, lane.in_hand, lane.pending) for lane in self._by_credit]
-        for lane, load, credits in zip(self._by_credit, loads, plan(self.slots - self.running - self.waiting, loads), strict=True):
-            if lane.puller is not None and (worth_asking(load.outstanding, credits) or credits < min(lane.wanted, load.outstanding)):
+        planned = plan(self.slots - self.running - self.waiting, loads)
+        for lane, load, credits in zip(self._by_credit, loads, planned, strict=True):
+            if lane.puller is not None and (credits != lane.wanted or credits > load.outstanding):
                 lane.wanted = credits
-                lane.puller.want(credits)
+                lane.puller.want(credits)  # renewed inside until it is told otherwise, so it must also hear of less

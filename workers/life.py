@@ -66,6 +66,10 @@ class StepLife:
         self._job_keep_s = config.nats.job_keep_s
         self.events = EventBook()
 
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Kept, since asking for the running loop costs a system call in Python 3.11."""
+        self._loop = loop
+
     async def live(self, held: Held, target: Target) -> None:
         """Ends the delivery in exactly one of ack and nak. Raises nothing but CancelledError of the loop's end."""
         result: StepResult | None = None
@@ -79,6 +83,8 @@ class StepLife:
                 if held.attempt > target.max_deliver:
                     await self._bus.bury(held.delivery, DEAD_REASON, dead_message(target.max_deliver))
                     result = self._outcomes.dead(held, target.max_deliver)
+                else:
+                    result = self._before(held)  # again: looking took time
             if result is None:
                 result = await self._execute(held, target)
             held.phase = Phase.ENDING
@@ -117,17 +123,14 @@ class StepLife:
 
     async def _execute(self, held: Held, target: Target) -> StepResult:
         """Raises Unavailable and _HandBackError when the step goes back."""
-        result = self._before(held)  # again: looking for an earlier result took time
-        if result is not None:
-            return result
         step = held.step
         if step.stream or held.is_job:
             self._open_log(held)
         left_s = held.remaining_s()
         if left_s <= target.timeout_s:
-            timer = asyncio.get_running_loop().call_later(left_s, held.stop, Stop.DEADLINE)
+            timer = self._loop.call_later(left_s, held.stop, Stop.DEADLINE)
         else:
-            timer = asyncio.get_running_loop().call_later(target.timeout_s, held.stop, Stop.TIMEOUT)
+            timer = self._loop.call_later(target.timeout_s, held.stop, Stop.TIMEOUT)
         started_s = self._clock.now_s()
         held.queue_us += int((started_s - held.arrived_s) * 1e6)
         held.phase = Phase.EXECUTING

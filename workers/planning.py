@@ -43,9 +43,7 @@ def plan(body: Body) -> Body:
     seen = _read(need(body, "observations", list))
     left = need_between(body, "max_iterations", 1, MAX_ITERATIONS) - len(body["observations"])
     best = max(seen.verdicts, key=lambda name: float(seen.verdicts[name]["score"]), default="")
-    promise = {
-        name: _promise(question, hit) for name, hit in seen.candidates.items() if name not in seen.verdicts
-    }
+    promise = {name: _promise(question, hit) for name, hit in seen.candidates.items() if name not in seen.verdicts}
     rival = max(promise, key=lambda name: promise[name], default="")
     if best and float(seen.verdicts[best]["score"]) >= SUFFICIENT:
         # One more look when another candidate promises clearly more than what was found.

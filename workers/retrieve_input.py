@@ -14,7 +14,8 @@ MAX_POINTS = 1000
 _CLOSED = ConfigDict(extra="forbid")
 _Text = Annotated[str, Field(min_length=1, description="is embedded; instead of a vector")]
 _Vector = Annotated[list[FiniteFloat], Field(min_length=1)]
-_Values = Annotated[list[StrictStr] | list[StrictInt], Field(min_length=1, max_length=100)]
+_SOME = Field(min_length=1, max_length=100)
+_Values = Annotated[list[StrictStr], _SOME] | Annotated[list[StrictInt], _SOME]
 
 
 @with_config(_CLOSED)

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from gateway.clock import Clock, SystemClock
 from gateway.config import Config
@@ -15,7 +16,7 @@ from gateway.ports import Delivery, Executor, Queue, Subscription, WorkerBus
 from gateway.types import LANES, Kind, StepResult, Target, WorkerInfo
 from workers.catalogue import merge_target
 from workers.held import Held, Phase, Stop
-from workers.lanes import TargetLanes
+from workers.lanes import Lane, TargetLanes
 from workers.life import StepLife, backoff_s
 from workers.outcome import Outcomes
 
@@ -66,7 +67,9 @@ class WorkerRuntime:
         self._lanes: dict[str, TargetLanes] = {}
         self._paused: dict[str, tuple[int, float]] = {}  # target: refusals in a row, not before this time
         self._held: dict[tuple[str, str], Held] = {}
-        self._to_ask: set[str] = set()
+        self._to_ask: set[TargetLanes] = set()
+        self._connected = False
+        self._told: tuple[str, ...] = ()  # the targets of the last heartbeat
         self._draining = False
         self._idle = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -78,13 +81,16 @@ class WorkerRuntime:
 
     async def start(self) -> None:
         """Returns when the worker serves. Waits as long as the part behind the executor is not ready. Raises Unavailable of the bus."""
+        self._loop = asyncio.get_running_loop()
+        self._life.bind(self._loop)
         await self._start_executor()
         await self._bus.start()
+        self._connected = True
         await self._announce_changes()
         self._subscriptions.append(await self._bus.on_cancel(self._on_cancel))
         self._subscriptions.append(await self._bus.serve_replay(self._life.events.answer))
         await self._open_and_close()
-        await self._bus.heartbeat(self.info())
+        await self._heartbeat()
         self._tasks = [
             asyncio.create_task(self._look_after_readiness()),
             asyncio.create_task(self._forever(self._heartbeat, self._config.worker.heartbeat_s)),
@@ -120,49 +126,48 @@ class WorkerRuntime:
 
     # ---- steps ---------------------------------------------------------------------------------------------------------------
 
-    def _on_delivery(self, delivery: Delivery) -> None:
-        held = Held(delivery, self._clock)
+    def _on_delivery(self, lanes: TargetLanes, lane: Lane, delivery: Delivery) -> None:
+        held = Held(delivery, lane, self._clock)
         twin = self._held.get(held.key)
         if twin is not None and twin.phase is not Phase.ENDING:
             twin.delivery = delivery  # its hold ran out while we were busy with it: go on, with the newer delivery
             return
-        name = held.step.target
-        lanes = self._lanes.get(name)
-        if self._draining or lanes is None or not lanes.is_open:
+        if self._draining or not lanes.is_open:
             delivery.nak(0.0 if self._draining else backoff_s(held.attempt, self._random()))
             return
         self._held[held.key] = held
         lanes.offer(held)
-        self._ask_soon(name)
+        self._ask_soon(lanes)
 
     def _begin(self, held: Held) -> None:
         target = self._targets[held.step.target]
-        held.task = asyncio.create_task(self._life.live(held, target))
+        held.task = self._loop.create_task(self._life.live(held, target))
 
     def _on_end(self, held: Held, result: StepResult | None) -> None:
         """A started step is over: `held` has been acknowledged or handed back."""
         if self._held.get(held.key) is held:
             del self._held[held.key]
         name = held.step.target
-        self._lanes[name].finished(held)
-        self._ask_soon(name)
-        if result is not None and name in self._paused:
-            del self._paused[name]
+        lanes = self._lanes[name]
+        lanes.finished(held)
+        self._ask_soon(lanes)
+        if result is not None and self._paused:
+            self._paused.pop(name, None)
         if self._observe is not None:
             self._observe(held, result)
         if self._draining and not self._held:
             self._idle.set()
 
-    def _ask_soon(self, name: str) -> None:
+    def _ask_soon(self, lanes: TargetLanes) -> None:
         """Many deliveries come in one turn of the loop; the credits are counted once after them."""
         if not self._to_ask:
-            asyncio.get_running_loop().call_soon(self._ask)
-        self._to_ask.add(name)
+            self._loop.call_soon(self._ask)
+        self._to_ask.add(lanes)
 
     def _ask(self) -> None:
-        names, self._to_ask = self._to_ask, set()
-        for name in names:
-            self._lanes[name].ask()
+        to_ask, self._to_ask = self._to_ask, set()
+        for lanes in to_ask:
+            lanes.ask()
 
     def _on_cancel(self, tenant: str, step_id: str) -> None:
         held = self._held.get((tenant, step_id))
@@ -183,7 +188,6 @@ class WorkerRuntime:
         return self._executor.ready(name) and self._paused.get(name, (0, 0.0))[1] <= self._clock.now_s()
 
     async def _look_after_readiness(self) -> None:
-        before: tuple[str, ...] = self.info().targets
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):
@@ -195,10 +199,9 @@ class WorkerRuntime:
                 await self._announce_changes()
                 await self._open_and_close()
                 now = self.info().targets
-                if now != before:
+                if now != self._told:
                     log.info("%s worker %s serves %s", self.kind.value, self.id, ", ".join(now) or "nothing at the moment")
-                    await self._bus.heartbeat(self.info())
-                    before = now
+                    await self._heartbeat()
             except Unavailable as error:
                 log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
             self._life.events.forget_old(self._clock.now_s())
@@ -232,7 +235,7 @@ class WorkerRuntime:
             if name in present and self._ready(name) and not self._draining:
                 for lane in lanes.lanes:
                     if lane.puller is None:
-                        lane.puller = await self._bus.consume(lane.queue, self._on_delivery)
+                        lane.puller = await self._bus.consume(lane.queue, partial(self._on_delivery, lanes, lane))
                         lane.wanted = 0
                 lanes.is_open = True
                 lanes.ask()
@@ -261,7 +264,9 @@ class WorkerRuntime:
                 log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
 
     async def _heartbeat(self) -> None:
-        await self._bus.heartbeat(self.info())
+        info = self.info()
+        self._told = info.targets
+        await self._bus.heartbeat(info)
 
     async def _extend_held(self) -> None:
         """Extends what has been held since the last sweep; what came later is young enough."""
@@ -275,8 +280,11 @@ class WorkerRuntime:
     async def drain(self) -> None:
         """Stops pulling, lets running work finish for at most drain_s, hands back the rest. `hurry` ends the wait."""
         self._draining = True
+        if self._tasks:
+            self._tasks[0].cancel()  # nothing is opened any more
+            await asyncio.gather(self._tasks[0], return_exceptions=True)
         try:
-            await self._bus.heartbeat(self.info())
+            await self._heartbeat()
         except Unavailable as error:
             log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
         await asyncio.gather(*(self._close_queues(lanes) for lanes in self._lanes.values()))
@@ -287,7 +295,8 @@ class WorkerRuntime:
                 wait.cancel()
         for held in list(self._held.values()):
             held.stop(Stop.DRAIN)
-        await asyncio.gather(*(held.task for held in list(self._held.values()) if held.task is not None))
+        tasks = [held.task for held in self._held.values() if held.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def hurry(self) -> None:
         """Lets `drain` wait no longer."""
@@ -301,7 +310,8 @@ class WorkerRuntime:
         try:
             for subscription in self._subscriptions:
                 await subscription.close()
-            await self._bus.retire(self.info())
+            if self._connected:
+                await self._bus.retire(self.info())
         except Unavailable as error:
             log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
         await self._executor.close()

@@ -155,7 +155,7 @@ class ToolFunction:
             await items.aclose()
         return Payload(b'{"tokens":[' + b",".join(tokens) + b"]}", JSON)
 
-    def failure(self, error: Exception) -> StepFailed:
+    def failure(self, error: BaseException) -> StepFailed:
         """What an exception of the function stands for: its type and place, not its text."""
         place, trace = "", error.__traceback__
         while trace is not None:

@@ -162,7 +162,8 @@ class HttpTool:
 
     def _location(self, url: URL, location: str) -> URL:
         try:
-            there = url.join(URL(location))
+            # As sent where that is possible: a signed address must not be encoded anew.
+            there = url.join(URL(location, encoded=location.isascii() and location.isprintable() and " " not in location))
             if there.scheme in ("http", "https") and there.host:
                 return there.with_user(None)
         except ValueError:

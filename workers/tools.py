@@ -42,7 +42,7 @@ class Threads:
         """Cancelling this does not stop the function once it runs."""
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
-        future = self._pool.submit(context.run, function)
+        future = self._pool.submit(_settable, partial(context.run, function))
         self._taken += 1
         future.add_done_callback(partial(self._ended, loop))
         return await asyncio.wrap_future(future)
@@ -56,6 +56,13 @@ class Threads:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _settable(function: Callable[[], object]) -> object:
+    try:
+        return function()
+    except StopIteration as error:  # asyncio refuses it as a future's exception, and the step would wait for ever
+        raise RuntimeError("StopIteration") from error
 
 
 class _FunctionTool:
@@ -79,7 +86,12 @@ class _FunctionTool:
                 value = await tool.function(**arguments)
         except NearloopError:
             raise
-        except Exception as error:
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise tool.failure(error) from None  # something inside was cancelled, not the step
+        except (Exception, SystemExit) as error:
             # Without `from`: the cause's text may quote the input and would be logged with the traceback.
             raise tool.failure(error) from None
         return tool.output(value)

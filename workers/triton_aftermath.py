@@ -43,7 +43,7 @@ def _model_failure(model: str, reason: str) -> str:
 
 def _first_line(reason: str) -> str:
     """Without the traceback, which Triton logs with escaped line ends, and without its error class."""
-    text = re.split(r"\\n|\n", reason.strip())[0].strip().removeprefix('"').rstrip('.')
+    text = re.split(r"\\n|\n", reason.strip())[0].strip().removeprefix('"').rstrip(".")
     return re.sub(r"^(?:Internal|Invalid argument): ", "", text)[:_LONGEST_REASON]
 
 

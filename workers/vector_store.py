@@ -69,9 +69,9 @@ class VectorStore:
         try:
             # Opened by the thread that will use it: sqlite insists.
             self._client = await self._in_thread(partial(_open_embedded, self._path))
-        except (OSError, RuntimeError) as error:  # RuntimeError: another process has it open
+        except BaseException:
             self._thread.shutdown(wait=False)
-            raise Unavailable(f"the vector store at {self._path!r} cannot be opened: {error}") from None
+            raise
 
     async def close(self) -> None:
         if self._client is None:
@@ -104,7 +104,7 @@ class VectorStore:
 
     async def query(self, collection: str, vector: Sequence[float], limit: int, equal: Mapping[str, Any]) -> list[Hit]:
         """The nearest points, best first, of those whose payload has each field of equal with that value (or one of a list's)."""
-        conditions = [models.FieldCondition(key=key, match=_match(value)) for key, value in equal.items()]
+        conditions: list[Any] = [models.FieldCondition(key=key, match=_match(value)) for key, value in equal.items()]
         query_filter = models.Filter(must=conditions) if conditions else None
         unit = _unit([vector])[0]
         found = await self._call("query_points", collection, query=unit, limit=limit, query_filter=query_filter)
@@ -136,7 +136,15 @@ class VectorStore:
 def _open_embedded(path: str) -> QdrantClient:
     # Says in every upsert beyond 20,000 points that a server would be faster.
     warnings.filterwarnings("ignore", message="Local mode is not recommended", category=UserWarning)
-    return QdrantClient(path=path) if path else QdrantClient(location=":memory:")
+    if not path:
+        return QdrantClient(location=":memory:")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # one that is locked leaves its lock file to the garbage collector
+        try:
+            return QdrantClient(path=path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another process has it open
+            why = str(error).partition("\n")[0]
+    raise Unavailable(f"the vector store at {path!r} cannot be opened: {why}")
 
 
 def _refused(status: int) -> NearloopError:
@@ -155,7 +163,7 @@ def _unit(vectors: Vectors) -> list[list[float]]:
 
 
 def _batch(points: Sequence[Point]) -> models.Batch:
-    ids = [point.id if isinstance(point.id, int) else str(uuid.uuid5(_ID_NAMESPACE, point.id)) for point in points]
+    ids: list[Any] = [point.id if isinstance(point.id, int) else str(uuid.uuid5(_ID_NAMESPACE, point.id)) for point in points]
     payloads = [{**point.payload, ID_FIELD: point.id} if isinstance(point.id, str) else dict(point.payload) for point in points]
     return models.Batch(ids=ids, vectors=_unit([point.vector for point in points]), payloads=payloads)
 

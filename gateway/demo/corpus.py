@@ -112,7 +112,7 @@ def _entry(name: str, kind: str, module: str, value: Any) -> Entry | None:
     try:
         doc = value.__doc__
         if not doc and inspect.isclass(value) and inspect.isfunction(vars(value).get("__init__")):
-            doc = value.__init__.__doc__  # type: ignore[misc]
+            doc = value.__init__.__doc__
         doc = inspect.cleandoc(doc or "")
     except Exception:  # a __doc__ that is no string
         return None

@@ -106,8 +106,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def payload_from_proto(message: pb.Payload) -> Payload:
-    """Bytes with their content type; an empty message gives no bytes and an empty type. Raises ValueError for NaN in a Struct."""
+def payload_from_proto(message: pb.Payload) -> Payload | None:
+    """Bytes with their content type; None when nothing is set. Raises ValueError for NaN and infinities in a Struct."""
     which = message.WhichOneof("value")
     if which == "content":
         content = message.content
@@ -116,7 +116,7 @@ def payload_from_proto(message: pb.Payload) -> Payload:
         return Payload(dump_json(struct_from_proto(message.json)), JSON)
     if which == "tensors":
         return Payload(message.tensors.SerializeToString(), TENSORS)
-    return Payload(b"", "")
+    return None
 
 
 def payload_to_proto(payload: Payload, as_struct: bool = False) -> pb.Payload:

@@ -27,6 +27,7 @@ _SWEEP_S = 0.2
 _TRIES = 4
 _FIRST_LOOK_S = 15.0  # a reply that has not come by then is looked for among the stored results
 _LAST_LOOK_S = 120.0
+_DUPLICATE_LOOK_S = 0.5
 _LOOKS_AT_ONCE = 32
 KEEP_AFTER_DEADLINE_S = 60
 
@@ -100,7 +101,12 @@ class Dispatcher:
 
     def _on_ack(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
         pending = self._unacked.pop(subject[len(self._ack_prefix) :], None)
-        if pending is None or (not headers and b'"error"' not in data):
+        if pending is None:
+            return
+        if not headers and b'"error"' not in data:
+            if b'"duplicate"' in data:
+                # Stored before, perhaps ended before: then nobody sends a reply any more.
+                pending.look_s = min(pending.look_s, self._clock.now_s() + _DUPLICATE_LOOK_S)
             return
         try:
             if headers:

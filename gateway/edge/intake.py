@@ -23,7 +23,7 @@ MAX_TRACESTATE_CHARS = 512  # W3C Trace Context, 3.3.1.1: what a vendor must pro
 _CONTENT_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+( *;[ -~]*)?", re.ASCII)
 _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _TRACESTATE = re.compile(r"[ -~\t]*")
-_OPTIONAL_IDS = ("run", "idempotency_key", "region")
+_NOT_AN_ID = f"is not an id: {subjects.ID_RULE}"
 
 
 class Intake:
@@ -56,10 +56,10 @@ class Intake:
         lane = convert.LANES.get(message.lane)
         if lane is None:
             problems.append(("step.lane", f"{message.lane} is not a lane"))
-        for name in _OPTIONAL_IDS:
-            text: str = getattr(message, name)
-            if text and not subjects.is_id(text):
-                problems.append((f"step.{name}", f"is not an id: {subjects.ID_RULE}"))
+        run, key, region = message.run, message.idempotency_key, message.region
+        if run or key or region:
+            ids = (("run", run), ("idempotency_key", key), ("region", region))
+            problems += [(f"step.{name}", _NOT_AN_ID) for name, text in ids if text and not subjects.is_id(text)]
         timeout_s = self._timeout_s(message, problems)
         payload = self._payload(message, problems)
         target = self._target(kind, message.target, problems)
@@ -84,9 +84,9 @@ class Intake:
             input=payload,
             deadline_s=self._clock.wall_s() + timeout_s,
             lane=lane,
-            run=message.run,
-            idempotency_key=message.idempotency_key,
-            client_region=message.region,
+            run=run,
+            idempotency_key=key,
+            client_region=region,
             stream=stream,
             traceparent=traceparent,
             tracestate=tracestate,
@@ -105,14 +105,13 @@ class Intake:
 
     def _payload(self, message: pb.Step, problems: Problems) -> Payload | None:
         """The input with its content type in normal form, so that nobody downstream takes for opaque what was checked as JSON."""
-        which = message.input.WhichOneof("value")
-        if which is None:
-            problems.append(("step.input", "missing"))
-            return None
         try:
             payload = convert.payload_from_proto(message.input)
         except (ValueError, RecursionError) as error:
             problems.append(("step.input.json", str(error)))
+            return None
+        if payload is None:
+            problems.append(("step.input", "missing"))
             return None
         limit_bytes = self._section.max_input_bytes
         if len(payload.data) > limit_bytes:
@@ -133,7 +132,7 @@ class Intake:
 
     def _target(self, kind: Kind | None, name: str, problems: Problems) -> Target | None:
         if not subjects.is_id(name):
-            problems.append(("step.target", f"is not an id: {subjects.ID_RULE}" if name else "missing"))
+            problems.append(("step.target", _NOT_AN_ID if name else "missing"))
             return None
         if kind is None:
             return None
@@ -171,4 +170,4 @@ def trace_context(metadata: Metadata) -> tuple[str, str]:
 def check_job_id(job_id: str) -> None:
     """Raises InvalidStep for what cannot be the id of a job."""
     if not subjects.is_id(job_id):
-        raise InvalidStep([("job_id", f"is not an id: {subjects.ID_RULE}" if job_id else "missing")])
+        raise InvalidStep([("job_id", _NOT_AN_ID if job_id else "missing")])

@@ -139,11 +139,8 @@ class Link:
         if size > self._client._max_payload:
             limit = f"{size} bytes with headers, the transport takes {self._client.max_payload}"
             raise InvalidStep([("input", limit)], reason="TOO_LARGE")
-        if headers:
-            command = f"HPUB {subject} {reply} {len(headers)} {size}\r\n".encode()
-        else:
-            command = f"PUB {subject} {reply} {size}\r\n".encode()
-        return self._client.send(b"%b%b%b\r\n" % (command, headers, payload))
+        line = f"HPUB {subject} {reply} {len(headers)} {size}\r\n" if headers else f"PUB {subject} {reply} {size}\r\n"
+        return self._client.send(b"%b%b%b\r\n" % (line.encode(), headers, payload))
 
     def subscribe(self, subject: str, handler: Handler, queue: str = "") -> LinkSubscription:
         """Active at the server after the next `barrier`."""

@@ -25,7 +25,9 @@ jetstream {{
   store_dir: {_quoted(store_dir)}{store}{sync}
 }}
 # With the second version of ack flow control, ordered consumers and key-value watches end the read loop of nats-py.
-js_ack_fc_v2: false
+feature_flags {{
+  js_ack_fc_v2: false
+}}
 """
 
 

@@ -121,10 +121,14 @@ def consumer(config: Config, region: str, kind: Kind, target: str, lane: Lane) -
 
 async def ensure_streams(js: JetStream, config: Config) -> None:
     """Raises TopologyMismatch, Unavailable."""
-    await asyncio.gather(*(until_answered(f"stream {one['name']}", lambda _, one=one: _ensure_stream(js, one)) for one in streams(config)))
+    await asyncio.gather(*(_ensure_stream(js, wanted) for wanted in streams(config)))
 
 
 async def _ensure_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
+    await until_answered(f"stream {wanted['name']}", lambda _: _make_stream(js, wanted))
+
+
+async def _make_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
     name = wanted["name"]
     try:
         found = (await js.api(f"STREAM.INFO.{name}"))["config"]

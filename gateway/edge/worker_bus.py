@@ -84,9 +84,11 @@ class NatsWorkerBus:
 
     async def announce(self, targets: Sequence[Target]) -> None:
         await topology.ensure_consumers(self._js, self._config, targets)
-        for target in targets:
-            subject, data = f"$KV.{s.TARGETS_BUCKET}.{target.scope}", write_target(target)
-            await until_answered("an announcement", lambda _, subject=subject, data=data: self._js.publish(subject, data, b""))
+        await asyncio.gather(*(self._announce(target) for target in targets))
+
+    async def _announce(self, target: Target) -> None:
+        subject, data = f"$KV.{s.TARGETS_BUCKET}.{target.scope}", write_target(target)
+        await until_answered("an announcement", lambda _: self._js.publish(subject, data, b""))
 
     def _worker_key(self, info: WorkerInfo) -> str:
         return f"$KV.{s.WORKERS_BUCKET}.{info.region}.{info.id}"

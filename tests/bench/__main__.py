@@ -8,12 +8,12 @@ What is measured, for 1, 16, 64 and 256 calls in flight in a closed loop, the cl
     nearloop         Execute of the tool `echo` through the real gateway and worker with the default policies
     triton           the model `echo` of a real Triton through tritonclient.grpc.aio
     nearloop-triton  Execute of the same model through Nearloop
-    memory           what a step in flight costs the gateway, with thousands of steps held (floor and nearloop)
+    memory           what a step in flight costs the gateway, with thousands of steps held (echo, floor, nearloop)
 
 Each pipeline is one gateway process, one worker process and one nats-server that stores on files, with uvloop in every Python
 process; requests and answers are the same protobuf messages with about 100 bytes of JSON. All contestants run side by side and
 idle; in every round each is measured in turn, so that a drift of the machine meets all alike. A table shows medians over the
-rounds. Client, gateway, worker and nats-server share this machine's cores: throughput says what the whole path costs in
+rounds; a ratio is the median of the ratios of single rounds, whose two measurements lie close together. Client, gateway, worker and nats-server share this machine's cores: throughput says what the whole path costs in
 processor time, which is also shown by process, and is less than what a gateway with cores of its own would do.
 
 Ends with 1 when something could not be measured. A missed target is said, and is no error.
@@ -90,10 +90,13 @@ class Run:
     def measure(self, name: str, endpoint: Endpoint, round_number: int, in_flight: int) -> None:
         seconds = self.arguments.seconds
         parts = (self.generator.part, *endpoint.parts)
-        before = [part.cpu_s() for part in parts]
+        before, busy_s, began = [part.cpu_s() for part in parts], machine.busy_s(), time.monotonic()
         answer = self.generator.ask(do="measure", in_flight=in_flight, seconds=seconds, warmup_s=seconds / 3, **endpoint.job)
-        cpu_us = {part.name: 1e6 * (part.cpu_s() - was) / answer["calls"] for part, was in zip(parts, before, strict=True)}
-        sample = report.Sample(name, round_number, in_flight, answer["per_s"], answer["p50_ms"], answer["p99_ms"], cpu_us)
+        used_s = {part.name: part.cpu_s() - was for part, was in zip(parts, before, strict=True)}
+        capacity_s = (time.monotonic() - began) * machine.cores()
+        others = max(0.0, machine.busy_s() - busy_s - sum(used_s.values())) / capacity_s
+        cpu_us = {part: 1e6 * used / answer["calls"] for part, used in used_s.items()}
+        sample = report.Sample(name, round_number, in_flight, answer["per_s"], answer["p50_ms"], answer["p99_ms"], cpu_us, others)
         self.samples.append(sample)
         print(
             f"  round {round_number}/{self.arguments.rounds}  {in_flight:>3} in flight  {name:<16}"
@@ -109,7 +112,7 @@ class Run:
                     try:
                         self.measure(name, endpoint, round_number, in_flight)
                     except BenchError as error:
-                        self.give_up(name, error)
+                        self.give_up(name, endpoint.explain(error))
                         del endpoints[name]
 
     def measure_memory(self) -> None:

@@ -23,7 +23,7 @@ READY_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A contestant that runs. parts are the processes whose processor time its steps cost."""
+    """A contestant that runs. parts are the processes whose processor time its steps cost: gateway, worker, servers."""
 
     parts: tuple[Part, ...]
     address: str
@@ -32,6 +32,7 @@ class Endpoint:
     client: str = "grpc"  # or tritonclient
     nats_url: str = ""
     stream: str = ""  # where its steps wait
+    held_request: bytes = b""  # one that is never answered; without it, the worker has to be suspended
 
     @property
     def job(self) -> dict[str, Any]:
@@ -42,6 +43,19 @@ class Endpoint:
             "request": base64.b64encode(self.request).decode(),
             "expect": base64.b64encode(PAYLOAD).decode(),
         }
+
+    @property
+    def held_job(self) -> dict[str, Any]:
+        return self.job | {"request": base64.b64encode(self.held_request or self.request).decode()}
+
+    def explain(self, error: BenchError) -> BenchError:
+        """The end of a process explains more than the call that failed because of it."""
+        try:
+            for part in self.parts:
+                part.check()
+        except BenchError as cause:
+            return cause
+        return error
 
 
 class Site:
@@ -75,7 +89,7 @@ def execute_request(kind: "gateway_pb2.Kind.ValueType", target: str) -> bytes:
 def start_echo(site: Site) -> Endpoint:
     port = free_port()
     server = site.parts.start_module("server", "tests.bench.echo_server", "--port", str(port))
-    return Endpoint((server,), f"127.0.0.1:{port}", echo_server.METHOD, PAYLOAD)
+    return Endpoint((server,), f"127.0.0.1:{port}", echo_server.METHOD, PAYLOAD, held_request=echo_server.HOLD + PAYLOAD)
 
 
 def start_floor(site: Site, *, commit: bool = False) -> Endpoint:
@@ -152,7 +166,7 @@ class Contestant:
 
 
 CONTESTANTS = (
-    Contestant("echo", "grpc.aio echo", start_echo),
+    Contestant("echo", "grpc.aio echo", start_echo, start_echo),
     Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor, start_floor),
     Contestant("floor-commit", "floor that stores results", lambda site: start_floor(site, commit=True)),
     Contestant("nearloop", "Nearloop, tool echo", start_nearloop, lambda site: start_nearloop(site, extra=ROOMY)),

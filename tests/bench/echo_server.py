@@ -1,14 +1,21 @@
-"""A bare grpc.aio server that answers with the request's bytes: what gRPC and Python alone cost on this machine."""
+"""A bare grpc.aio server that answers with the request's bytes: what gRPC and Python alone cost on this machine.
+
+A request that starts with HOLD is never answered.
+"""
 
 import argparse
+import asyncio
 
 import grpc
 import uvloop
 
 METHOD = "/bench.Echo/Echo"
+HOLD = b"hold"
 
 
 async def echo(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    if request.startswith(HOLD):
+        await asyncio.get_running_loop().create_future()
     return request
 
 

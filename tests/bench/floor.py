@@ -13,7 +13,6 @@ import nats
 import uvloop
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import RetentionPolicy, StorageType, StreamConfig
 from nats.nuid import NUID
@@ -102,7 +101,7 @@ async def run_worker(url: str, commit: bool) -> None:
     while True:
         try:
             messages = await queue.fetch(BATCH, timeout=FETCH_TIMEOUT_S)
-        except NatsTimeoutError:
+        except TimeoutError:  # the library's own, and the plain one that it raises under load
             continue
         for message in messages:
             task = asyncio.create_task(handle(message))

@@ -12,9 +12,19 @@ import psutil
 LIBRARIES = ("grpcio", "nats-py", "uvloop", "protobuf", "tritonclient", "nvidia-pytriton")
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def busy_s() -> float:
+    """Processor time that anybody used since the machine started, all cores together; what a hypervisor took included."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
 def describe() -> dict[str, str]:
     return {
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(cores()),
         "cpu": _cpu_model(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",

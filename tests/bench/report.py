@@ -11,6 +11,7 @@ TITLES = {contestant.name: contestant.title for contestant in CONTESTANTS}
 BASELINES = {"floor-commit": "floor", "nearloop": "floor", "nearloop-triton": "triton"}
 THROUGHPUT_TARGET, LATENCY_TARGET, MEMORY_TARGET_KB = 1.0, 1.2, 20.0
 LOADED, ALONE = 64, 1
+NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Sample:
     p50_ms: float
     p99_ms: float
     cpu_us: dict[str, float]  # processor time a step, by process
+    others: float  # share of the cores that other programs, the kernel and the hypervisor took meanwhile
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,17 @@ def summarise(samples: Iterable[Sample]) -> list[Summary]:
     return summaries
 
 
-def find(summaries: Sequence[Summary], contestant: str, in_flight: int) -> Summary | None:
-    return next((item for item in summaries if (item.contestant, item.in_flight) == (contestant, in_flight)), None)
+def ratio(samples: Sequence[Sample], field: str, one: str, other: str, in_flight: int) -> float | None:
+    """Median over the rounds of one's value / the other's; None when no round measured both."""
+    values: dict[tuple[str, int], float] = {
+        (sample.contestant, sample.round): getattr(sample, field) for sample in samples if sample.in_flight == in_flight
+    }
+    ratios = [value / values[other, number] for (name, number), value in values.items() if name == one and (other, number) in values]
+    return median(ratios) if ratios else None
 
 
-def verdicts(summaries: Sequence[Summary], memory: Sequence[Memory]) -> list[Verdict]:
-    def ratio(field: str, in_flight: int) -> float | None:
-        ours, floor = find(summaries, "nearloop", in_flight), find(summaries, "floor", in_flight)
-        return float(getattr(ours, field) / getattr(floor, field)) if ours and floor else None
-
-    rate, alone = ratio("per_s", LOADED), ratio("p50_ms", ALONE)
+def verdicts(samples: Sequence[Sample], memory: Sequence[Memory]) -> list[Verdict]:
+    rate, alone = (ratio(samples, field, "nearloop", "floor", many) for field, many in (("per_s", LOADED), ("p50_ms", ALONE)))
     kb = next((item.kb_per_step for item in memory if item.contestant == "nearloop"), None)
     return [
         Verdict(
@@ -98,14 +101,15 @@ def verdicts(summaries: Sequence[Summary], memory: Sequence[Memory]) -> list[Ver
     ]
 
 
-def _table(summaries: Sequence[Summary], in_flight: int) -> list[str]:
+def _table(samples: Sequence[Sample], in_flight: int) -> list[str]:
     lines = [
         "",
         f"{f'{in_flight} in flight':<36}{'steps/s':>8}{'spread':>8}{'p50 ms':>9}{'p99 ms':>9}  {'beside':<16}CPU us a step",
     ]
-    for summary in (item for item in summaries if item.in_flight == in_flight):
-        base = find(summaries, BASELINES.get(summary.contestant, ""), in_flight)
-        beside = f"{summary.per_s / base.per_s:.2f} x {base.contestant}" if base else ""
+    for summary in summarise(sample for sample in samples if sample.in_flight == in_flight):
+        base = BASELINES.get(summary.contestant, "")
+        beside_base = ratio(samples, "per_s", summary.contestant, base, in_flight)
+        beside = f"{beside_base:.2f} x {base}" if beside_base else ""
         cpu = " + ".join(f"{value:.0f} {name}" for name, value in summary.cpu_us.items())
         lines.append(
             f"{TITLES[summary.contestant]:<36}{summary.per_s:>8,.0f}{summary.spread:>8.0%}{summary.p50_ms:>9.2f}{summary.p99_ms:>9.2f}"
@@ -115,10 +119,9 @@ def _table(summaries: Sequence[Summary], in_flight: int) -> list[str]:
 
 
 def text(samples: Sequence[Sample], memory: Sequence[Memory], missing: dict[str, str]) -> str:
-    summaries = summarise(samples)
     lines: list[str] = []
-    for in_flight in sorted({summary.in_flight for summary in summaries}):
-        lines += _table(summaries, in_flight)
+    for in_flight in sorted({sample.in_flight for sample in samples}):
+        lines += _table(samples, in_flight)
     if memory:
         lines += ["", f"{'memory of the gateway':<36}{'in flight':>10}{'before':>12}{'during':>12}{'a step':>10}"]
     for item in memory:
@@ -126,7 +129,11 @@ def text(samples: Sequence[Sample], memory: Sequence[Memory], missing: dict[str,
             f"{TITLES[item.contestant]:<36}{item.steps:>10,}{item.before_kb:>9,.0f} KB{item.during_kb:>9,.0f} KB{item.kb_per_step:>7.1f} KB"
         )
     lines.append("")
-    for verdict in verdicts(summaries, memory):
+    if samples:
+        others = [sample.others for sample in samples]
+        warning = ": too much to compare by" if median(others) > NOISE else ""
+        lines.append(f"other programs took {median(others):.0%} of the cores meanwhile, at most {max(others):.0%}{warning}")
+    for verdict in verdicts(samples, memory):
         word = {True: "reached", False: "MISSED", None: "not measured"}[verdict.reached]
         value = "" if verdict.value is None else f"{verdict.value:.2f}"
         lines.append(f"{verdict.what:<48}{value:>8}   target {verdict.target:<10}{word}")
@@ -137,13 +144,12 @@ def text(samples: Sequence[Sample], memory: Sequence[Memory], missing: dict[str,
 def document(
     machine: dict[str, str], settings: dict[str, Any], samples: Sequence[Sample], memory: Sequence[Memory], missing: dict[str, str]
 ) -> dict[str, Any]:
-    summaries = summarise(samples)
     return {
         "machine": machine,
         "settings": settings,
-        "medians": [asdict(summary) for summary in summaries],
+        "medians": [asdict(summary) for summary in summarise(samples)],
         "memory": [asdict(item) | {"kb_per_step": item.kb_per_step} for item in memory],
-        "verdicts": [asdict(verdict) for verdict in verdicts(summaries, memory)],
+        "verdicts": [asdict(verdict) for verdict in verdicts(samples, memory)],
         "not_measured": missing,
         "samples": [asdict(sample) for sample in samples],
     }

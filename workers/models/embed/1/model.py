@@ -1,6 +1,7 @@
 """384-dimensional lexical embeddings of unit length; the mathematics is in `workers.lexical`."""
 
 import triton_python_backend_utils as pb_utils
+
 from workers.lexical import embed
 
 

@@ -1,9 +1,9 @@
 """Chooses the agent's next action from the conversation so far; the logic is in `workers.planning`."""
 
 import triton_python_backend_utils as pb_utils
-from workers.planning import plan
 
 from workers.model_io import answer_each
+from workers.planning import plan
 
 
 class TritonPythonModel:

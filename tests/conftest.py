@@ -1,0 +1,29 @@
+"""Fixtures that several test files share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+
+from nats_process import NatsProcess
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsProcess]:
+    """One server for the whole run; each test uses regions of its own."""
+    server = NatsProcess(tmp_path_factory.mktemp("nats"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_nats_server(tmp_path: Path) -> Iterator[NatsProcess]:
+    """A server for a test that kills it."""
+    server = NatsProcess(tmp_path)
+    server.start()
+    yield server
+    server.kill()

@@ -1,0 +1,510 @@
+"""The worker runtime on a bus in memory: what is committed, answered, acknowledged and handed back, and in which order."""
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from gateway.config import Config, NatsSection, TargetSection, WorkerSection
+from gateway.errors import InvalidStep, StepFailed, Unavailable
+from gateway.ports import Delivery, Queue, Work
+from gateway.types import (
+    EventKind,
+    Kind,
+    Lane,
+    Payload,
+    Status,
+    Step,
+    StepEvent,
+    StepResult,
+    Target,
+    WorkerInfo,
+)
+from workers.catalogue import merge_target
+from workers.runtime import WorkerRuntime
+
+NEVER_S = 4e9  # a deadline far in the future, seconds since 1970
+
+
+@dataclass
+class FakeDelivery:
+    bus: "FakeBus"
+    step: Step
+    queue: Queue
+    attempt: int
+    reply_to: str
+    pending: int = 0
+    queued_us: int = 5
+    ended: str = ""
+    extended: int = 0
+
+    def ack(self) -> None:
+        self._end("ack")
+
+    def nak(self, delay_s: float = 0.0) -> None:
+        self._end("nak")
+        self.bus.naks.append((self.step.id, delay_s))
+
+    def in_progress(self) -> None:
+        self.extended += 1
+
+    def _end(self, how: str) -> None:
+        assert not self.ended, f"{self.step.id} was ended twice"
+        self.ended = how
+        self.bus.journal.append((how, self.step.id))
+
+
+class FakePuller:
+    def __init__(self, bus: "FakeBus", queue: Queue, on_delivery: Callable[[Delivery], None]) -> None:
+        self.bus, self.queue, self.on_delivery = bus, queue, on_delivery
+        self.credits = 0
+
+    def want(self, credits: int) -> None:
+        self.credits = max(self.credits, credits)
+        asyncio.get_running_loop().call_soon(self.bus.deliver, self)
+
+    async def close(self) -> None:
+        self.credits = 0
+        self.bus.pullers.pop(self.queue, None)
+
+
+@dataclass
+class FakeSubscription:
+    async def close(self) -> None: ...
+
+
+class FakeBus:
+    """Queues of steps in memory; `journal` has everything that was done, in order."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.queues: dict[Queue, deque[FakeDelivery]] = defaultdict(deque)
+        self.pullers: dict[Queue, FakePuller] = {}
+        self.results: dict[tuple[str, str], StepResult] = {}
+        self.keeps: dict[str, float] = {}
+        self.journal: list[tuple[str, str]] = []
+        self.naks: list[tuple[str, float]] = []
+        self.replies: list[tuple[str, StepResult]] = []
+        self.events: list[StepEvent] = []
+        self.buried: list[tuple[str, str]] = []
+        self.announced: list[Sequence[Target]] = []
+        self.beats: list[WorkerInfo] = []
+        self.retired: list[WorkerInfo] = []
+        self.down = False
+        self.cancel: Callable[[str, str], None] = lambda tenant, step_id: None
+        self.replay: Callable[[str, str, int, int], Sequence[StepEvent] | None] = lambda *_: None
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None:
+        self.journal.append(("closed", ""))
+
+    async def announce(self, targets: Sequence[Target]) -> None:
+        self.announced.append(targets)
+
+    async def heartbeat(self, info: WorkerInfo) -> None:
+        self.beats.append(info)
+
+    async def retire(self, info: WorkerInfo) -> None:
+        self.retired.append(info)
+
+    async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> FakePuller:
+        puller = self.pullers[queue] = FakePuller(self, queue, on_delivery)
+        return puller
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+        return self.results.get((tenant, step_id))
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool:
+        if self.down:
+            raise Unavailable("the transport is down")
+        if len(result.output.data) > 1000:
+            raise InvalidStep([("output", "is too large")], reason="OUTPUT_TOO_LARGE")
+        self.journal.append(("commit", result.step_id))
+        self.keeps[result.step_id] = keep_s
+        return self.results.setdefault((result.tenant, result.step_id), result) is result
+
+    async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
+        self.buried.append((delivery.step.id, reason))
+
+    def reply(self, subject: str, result: StepResult) -> None:
+        self.journal.append(("reply", result.step_id))
+        self.replies.append((subject, result))
+
+    def publish_event(self, tenant: str, event: StepEvent) -> None:
+        self.events.append(event)
+
+    async def on_cancel(self, callback: Callable[[str, str], None]) -> FakeSubscription:
+        self.cancel = callback
+        return FakeSubscription()
+
+    async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> FakeSubscription:
+        self.replay = answer
+        return FakeSubscription()
+
+    # what a test does
+
+    def put(self, step: Step, *, region: str = "home", attempt: int = 1, reply_to: str = "nl.reply.g.x") -> FakeDelivery:
+        queue = Queue(region, step.kind, step.target, step.lane, 0 if region == "home" else 1)
+        delivery = FakeDelivery(self, step, queue, attempt, reply_to)
+        self.queues[queue].append(delivery)
+        if queue in self.pullers:
+            self.deliver(self.pullers[queue])
+        return delivery
+
+    def deliver(self, puller: FakePuller) -> None:
+        waiting = self.queues[puller.queue]
+        while puller.credits and waiting:
+            puller.credits -= 1
+            delivery = waiting.popleft()
+            delivery.pending = len(waiting)
+            puller.on_delivery(delivery)
+
+    def order(self, step_id: str) -> list[str]:
+        return [what for what, whose in self.journal if whose == step_id]
+
+
+@dataclass
+class FakeExecutor:
+    """Does what the step's input says; `gate` holds those that say `wait`."""
+
+    found: list[Target] = field(default_factory=lambda: [Target(Kind.TOOL, "echo", slots=4)])
+    is_ready: bool = True
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    started: list[str] = field(default_factory=list)
+    refuse_starts: int = 0
+    starts: int = 0
+    most: int = 0
+    running: int = 0
+
+    async def start(self) -> None:
+        self.starts += 1
+        if self.starts <= self.refuse_starts:
+            raise Unavailable("not there yet")
+
+    async def close(self) -> None: ...
+
+    def targets(self) -> Sequence[Target]:
+        return self.found
+
+    def ready(self, target: str) -> bool:
+        return self.is_ready
+
+    async def execute(self, work: Work) -> Payload:
+        self.started.append(work.step.id)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            match work.step.input.data:
+                case b"wait":
+                    await self.gate.wait()
+                case b"fail":
+                    raise StepFailed("the API said 404", code="NOT_FOUND", reason="HTTP_404")
+                case b"bug":
+                    raise ValueError(f"secret {work.step.input.data!r}")
+                case b"down":
+                    raise Unavailable("the API is down")
+                case b"large":
+                    return Payload(b"x" * 2000)
+                case b"tokens":
+                    for number in range(3):
+                        work.emit(Payload(b"%d" % number))
+                    work.progress(0.5, "half")
+            return work.step.input
+        finally:
+            self.running -= 1
+
+
+def step(step_id: str, data: bytes = b"{}", **changes: object) -> Step:
+    return replace(Step(step_id, "acme", Kind.TOOL, "echo", Payload(data), NEVER_S), **changes)
+
+
+@dataclass
+class Rig:
+    bus: FakeBus
+    executor: FakeExecutor
+    runtime: WorkerRuntime
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0)
+
+    async def ended(self, delivery: FakeDelivery) -> str:
+        await self.until(lambda: delivery.ended)
+        return delivery.ended
+
+
+Make = Callable[..., Awaitable[Rig]]
+
+
+@pytest.fixture
+async def make() -> AsyncGenerator[Make, None]:
+    rigs: list[Rig] = []
+
+    async def make(executor: FakeExecutor | None = None, config: Config | None = None, start: bool = True) -> Rig:
+        bus, executor = FakeBus(), executor or FakeExecutor()
+        config = config or Config(worker=WorkerSection(drain_s=10))
+        rig = Rig(bus, executor, WorkerRuntime(config, Kind.TOOL, "home", "w1", bus, executor, random_source=lambda: 0.0))
+        rigs.append(rig)
+        if start:
+            await rig.runtime.start()
+        return rig
+
+    yield make
+    for rig in rigs:
+        rig.executor.gate.set()
+        rig.runtime.hurry()
+        await rig.runtime.drain()
+        await rig.runtime.close()
+
+
+# ---- the order of things -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_result_is_committed_then_answered_then_acknowledged(make: Make) -> None:
+    rig = await make()
+    delivery = rig.bus.put(step("s1", b'{"a":1}'))
+    assert await rig.ended(delivery) == "ack"
+    assert rig.bus.order("s1") == ["commit", "reply", "ack"]
+    subject, result = rig.bus.replies[0]
+    assert subject == "nl.reply.g.x"
+    assert (result.status, result.output.data, result.attempt) == (Status.DONE, b'{"a":1}', 1)
+    assert (result.region, result.worker) == ("home", "w1")
+    assert result.queue_us >= 5
+    assert rig.bus.keeps["s1"] == 300.0
+    assert rig.bus.events == []  # nobody listens to a plain Execute
+
+
+async def test_a_result_that_came_second_is_not_answered(make: Make) -> None:
+    rig = await make()
+    theirs = rig.bus.results[("acme", "s1")] = StepResult("s1", "acme", Status.DONE)
+    assert await rig.ended(rig.bus.put(step("s1"))) == "ack"
+    assert rig.bus.replies == []
+    assert rig.bus.results[("acme", "s1")] is theirs
+
+
+async def test_a_redelivered_step_with_a_result_is_only_answered(make: Make) -> None:
+    rig = await make()
+    stored = rig.bus.results[("acme", "s1")] = StepResult("s1", "acme", Status.DONE, Payload(b"1"))
+    assert await rig.ended(rig.bus.put(step("s1"), attempt=2)) == "ack"
+    assert rig.bus.replies == [("nl.reply.g.x", stored)]
+    assert rig.executor.started == []
+
+
+async def test_a_redelivered_step_without_a_result_is_executed_again(make: Make) -> None:
+    rig = await make()
+    assert await rig.ended(rig.bus.put(step("s1"), attempt=2)) == "ack"
+    assert rig.bus.replies[0][1].attempt == 2
+
+
+async def test_past_max_deliver_a_step_is_buried_once_and_not_started(make: Make) -> None:
+    rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", max_deliver=2)]))
+    assert await rig.ended(rig.bus.put(step("s1"), attempt=3)) == "ack"
+    assert rig.bus.buried == [("s1", "MAX_DELIVER")]
+    assert rig.bus.replies[0][1].status is Status.DEAD
+    assert rig.executor.started == []
+
+
+async def test_expired_work_is_not_started(make: Make) -> None:
+    rig = await make()
+    assert await rig.ended(rig.bus.put(step("s1", deadline_s=1.0))) == "ack"
+    result = rig.bus.replies[0][1]
+    assert (result.status, result.code) == (Status.EXPIRED, "DEADLINE_EXCEEDED")
+    assert rig.executor.started == []
+
+
+# ---- how a step ends -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "reason", "message"),
+    [
+        (b"fail", "NOT_FOUND", "HTTP_404", "the API said 404"),
+        (b"bug", "INTERNAL", "EXECUTOR_ERROR", "the executor raised ValueError"),
+        (b"large", "INVALID_ARGUMENT", "OUTPUT_TOO_LARGE", "output: is too large"),
+    ],
+)
+async def test_failures_say_why_and_keep_the_input_to_themselves(
+    make: Make, caplog: pytest.LogCaptureFixture, data: bytes, code: str, reason: str, message: str
+) -> None:
+    rig = await make()
+    with caplog.at_level(logging.DEBUG):
+        assert await rig.ended(rig.bus.put(step("s1", data))) == "ack"
+    result = rig.bus.replies[0][1]
+    assert (result.status, result.code, result.reason, result.message) == (Status.FAILED, code, reason, message)
+    assert "secret" not in caplog.text
+
+
+async def test_a_targets_time_out_ends_the_step(make: Make) -> None:
+    rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", timeout_s=0.01)]))
+    assert await rig.ended(rig.bus.put(step("s1", b"wait"))) == "ack"
+    result = rig.bus.replies[0][1]
+    assert (result.status, result.reason) == (Status.EXPIRED, "TARGET_TIMEOUT")
+    assert rig.executor.running == 0
+
+
+async def test_cancel_reaches_running_and_waiting_steps(make: Make) -> None:
+    rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", slots=1)]))
+    running = rig.bus.put(step("s1", b"wait"))
+    waiting = rig.bus.put(step("s2", b"wait", lane=Lane.BATCH))
+    await rig.until(lambda: rig.executor.started == ["s1"])
+    rig.bus.cancel("acme", "s2")
+    assert await rig.ended(waiting) == "ack"
+    rig.bus.cancel("other", "s1")
+    rig.bus.cancel("acme", "s1")
+    assert await rig.ended(running) == "ack"
+    assert {result.step_id: result.status for _, result in rig.bus.replies} == {"s1": Status.CANCELLED, "s2": Status.CANCELLED}
+    assert rig.executor.started == ["s1"]
+
+
+async def test_an_unreachable_transport_at_commit_hands_the_step_back(make: Make) -> None:
+    rig = await make()
+    rig.bus.down = True
+    assert await rig.ended(rig.bus.put(step("s1"))) == "nak"
+    assert rig.bus.replies == []
+    rig.bus.down = False
+    assert await rig.ended(rig.bus.put(step("s2"))) == "ack"
+
+
+# ---- events --------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_has_numbered_events_that_can_be_had_again(make: Make) -> None:
+    rig = await make()
+    await rig.ended(rig.bus.put(step("s1", b"tokens", stream=True)))
+    kinds = [event.kind for event in rig.bus.events]
+    assert kinds == [EventKind.STARTED, *[EventKind.TOKEN] * 3, EventKind.PROGRESS, EventKind.ENDED]
+    assert [event.sequence for event in rig.bus.events] == [1, 2, 3, 4, 5, 6]
+    assert rig.bus.replay("acme", "s1", 1, 4) == tuple(rig.bus.events[4:])
+    assert rig.bus.replay("acme", "s1", 7, 4) == tuple(rig.bus.events)  # of another attempt: all
+    assert rig.bus.replay("other", "s1", 1, 0) is None
+
+
+async def test_a_job_has_events_and_is_kept_beyond_its_deadline(make: Make) -> None:
+    rig = await make()
+    await rig.ended(rig.bus.put(step("s1", deadline_s=NEVER_S), reply_to=""))
+    assert [event.kind for event in rig.bus.events] == [EventKind.STARTED, EventKind.ENDED]
+    assert rig.bus.keeps["s1"] > 86_400 + 1e9
+    assert rig.bus.replies == []
+
+
+# ---- slots ---------------------------------------------------------------------------------------------------------------------
+
+
+async def test_slots_bound_what_runs_and_urgent_steps_start_first(make: Make) -> None:
+    rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", slots=2)]))
+    put = [rig.bus.put(step(f"r{index}", b"wait")) for index in range(6)]
+    await rig.until(lambda: len(rig.executor.started) == 2)
+    put += [rig.bus.put(step("late-batch", b"{}", lane=Lane.BATCH)), rig.bus.put(step("urgent", b"{}", lane=Lane.INTERACTIVE))]
+    await rig.until(lambda: True)
+    rig.executor.gate.set()
+    for delivery in put:
+        assert await rig.ended(delivery) == "ack"
+    assert rig.executor.most == 2
+    assert rig.executor.started.index("urgent") < rig.executor.started.index("late-batch")
+    assert len(rig.bus.results) == 8
+
+
+async def test_far_queues_are_pulled_only_when_the_config_says_so(make: Make) -> None:
+    regions = [{"name": "home"}, {"name": "far"}]
+    far = await make(config=Config(regions=regions))
+    assert {queue.priority for queue in far.bus.pullers if queue.region == "far"} == {1}
+    assert await far.ended(far.bus.put(step("s1"), region="far")) == "ack"
+    near = await make(config=Config(regions=regions, worker=WorkerSection(far_regions=False)))
+    assert {queue.region for queue in near.bus.pullers} == {"home"}
+
+
+async def test_the_same_step_delivered_again_while_it_runs_is_executed_once(make: Make) -> None:
+    rig = await make()
+    first = rig.bus.put(step("s1", b"wait"))
+    await rig.until(lambda: rig.executor.started == ["s1"])
+    second = rig.bus.put(step("s1", b"wait"), attempt=2)
+    rig.executor.gate.set()
+    assert await rig.ended(second) == "ack"
+    assert first.ended == ""  # its hold ran out; only the newer one counts
+    assert rig.executor.started == ["s1"]
+    assert len(rig.bus.replies) == 1
+
+
+async def test_what_is_held_for_long_is_extended(make: Make) -> None:
+    rig = await make(config=Config(nats=NatsSection(ack_wait_s=1)))
+    delivery = rig.bus.put(step("s1", b"wait"))
+    await rig.until(lambda: delivery.extended)
+    assert not delivery.ended
+
+
+# ---- readiness -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_start_waits_for_the_executor(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.life.BACKOFF_FIRST_S", 0.001)
+    rig = await make(FakeExecutor(refuse_starts=3))
+    assert rig.executor.starts == 4
+    assert rig.bus.beats[0].targets == ("tool.echo",)
+
+
+async def test_unavailable_hands_back_and_stops_pulling_until_ready(make: Make) -> None:
+    rig = await make()
+    rig.executor.is_ready = False
+    first = rig.bus.put(step("s1", b"down"))
+    assert await rig.ended(first) == "nak"
+    assert rig.bus.naks[0][1] > 0
+    await rig.until(lambda: not rig.bus.pullers)
+    later = rig.bus.put(step("s2"))
+    await rig.until(lambda: rig.bus.beats[-1].targets == ())
+    assert later.ended == ""  # it stays in the queue
+    rig.executor.is_ready = True
+    assert await rig.ended(later) == "ack"
+
+
+async def test_new_targets_are_announced_and_served(make: Make) -> None:
+    rig = await make()
+    rig.executor.found = [*rig.executor.found, Target(Kind.TOOL, "more")]
+    delivery = rig.bus.put(step("s1", target="more"))
+    assert await rig.ended(delivery) == "ack"
+    assert [target.name for target in rig.bus.announced[-1]] == ["echo", "more"]
+
+
+# ---- drain ---------------------------------------------------------------------------------------------------------------------
+
+
+async def test_drain_lets_running_work_finish_and_hands_back_the_rest(make: Make) -> None:
+    rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", slots=1)]))
+    running = rig.bus.put(step("s1", b"wait"))
+    waiting = rig.bus.put(step("s2", b"wait", lane=Lane.BATCH))
+    await rig.until(lambda: rig.executor.started == ["s1"])
+    draining = asyncio.create_task(rig.runtime.drain())
+    assert await rig.ended(waiting) == "nak"
+    assert not rig.bus.pullers
+    assert rig.bus.beats[-1].draining
+    rig.executor.gate.set()
+    await draining
+    assert running.ended == "ack"
+    await rig.runtime.close()
+    assert [info.id for info in rig.bus.retired] == ["w1"]
+
+
+async def test_hurry_hands_back_what_still_runs(make: Make) -> None:
+    rig = await make()
+    running = rig.bus.put(step("s1", b"wait"))
+    await rig.until(lambda: rig.executor.started == ["s1"])
+    draining = asyncio.create_task(rig.runtime.drain())
+    rig.runtime.hurry()
+    await draining
+    assert running.ended == "nak"
+    assert rig.executor.running == 0
+    assert rig.bus.results == {}
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_section_gives_wins_over_the_announcement() -> None:
+    announced = Target(Kind.TOOL, "echo", description="says it again", home_region="far", slots=3, timeout_s=9.0, idempotent=True)
+    section = TargetSection(kind=Kind.TOOL, name="echo", slots=7, idempotent=False)
+    assert merge_target(section, announced) == replace(announced, slots=7, idempotent=False)
+    assert merge_target(None, announced) is announced

@@ -1,0 +1,61 @@
+"""Steps that a step needs: an executor's own calls to other targets, through the same kernel and so past the same policies.
+
+They are charged to the tenant of the outer step, keep its lane, run and trace, and end by its deadline.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from contextvars import ContextVar
+
+from gateway.ports import Executor, StepService, Work
+from gateway.types import Kind, Payload, Step, Target
+
+_OUTER: ContextVar[Step] = ContextVar("outer step")
+
+
+class InnerCalls:
+    """Wraps an executor so that `infer` knows for which step it is called."""
+
+    def __init__(self, service: StepService, region: str) -> None:
+        self._service = service
+        self._region = region
+
+    def wrap(self, executor: Executor) -> Executor:
+        return _Wrapped(executor)
+
+    async def infer(self, model: str, payload: Payload) -> Payload:
+        """The output of a model, as a step of its own. Raises the errors of `gateway.errors`."""
+        outer = _OUTER.get()
+        step = dataclasses.replace(
+            outer,
+            id=f"in-{secrets.token_hex(12)}",
+            kind=Kind.INFER,
+            target=model,
+            input=payload,
+            idempotency_key="",
+            client_region=self._region,
+            stream=False,
+        )
+        return (await self._service.execute(step)).result.output
+
+
+class _Wrapped:
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def start(self) -> None:
+        await self._executor.start()
+
+    async def close(self) -> None:
+        await self._executor.close()
+
+    def targets(self) -> Sequence[Target]:
+        return self._executor.targets()
+
+    def ready(self, target: str) -> bool:
+        return self._executor.ready(target)
+
+    async def execute(self, work: Work) -> Payload:
+        _OUTER.set(work.step)  # seen by this step's task only
+        return await self._executor.execute(work)

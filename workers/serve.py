@@ -1,0 +1,190 @@
+"""The composition root of a worker process: configuration -> plugins -> bus -> executor -> runtime, and an orderly end.
+
+python -P -m workers.serve --kind tool --region home --config nearloop.toml
+"""
+
+import argparse
+import asyncio
+import logging
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pluggy
+import uvloop
+
+from gateway import __version__, loader
+from gateway.clock import Clock, SystemClock
+from gateway.config import Config, load
+from gateway.core.faults import Faults
+from gateway.edge.bus import NatsGatewayBus
+from gateway.edge.service import ServiceResponder
+from gateway.edge.telemetry import StepTracer, build_provider, shut_down
+from gateway.edge.worker_bus import NatsWorkerBus
+from gateway.errors import ConfigError, NearloopError
+from gateway.kernel import Kernel
+from gateway.policy import Slot
+from gateway.ports import Executor
+from gateway.serve import default_name, log_fault
+from gateway.types import Kind
+from workers.embedding import TensorEmbedder
+from workers.inner import InnerCalls
+from workers.retrieve import RetrieveExecutor
+from workers.runtime import WorkerRuntime
+from workers.stats import WorkerStats
+from workers.tools import ToolsExecutor
+from workers.tracing import TracedExecutor
+from workers.triton import TritonExecutor
+
+log = logging.getLogger("nearloop.worker")
+
+
+class _Inner:
+    """A kernel of this process's own, for the steps that its executor needs."""
+
+    def __init__(self, config: Config, name: str, region: str, clock: Clock, manager: pluggy.PluginManager) -> None:
+        policies, faults = loader.build_policies(config, manager), Faults(log_fault)
+        tracer = StepTracer(None, policies.all(Slot.HEAD_SAMPLING), faults, clock, random.random)
+        config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"region": region})})
+        self._bus = NatsGatewayBus(config, f"{name}-inner", clock)
+        targets = loader.plugin_targets(config, manager)
+        self._kernel = Kernel(config, policies, self._bus, clock, random.random, tracer, faults, targets)
+        self.calls = InnerCalls(self._kernel, region)
+
+    async def start(self) -> None:
+        await self._bus.start()
+
+    async def close(self) -> None:
+        await self._kernel.close()
+        await self._bus.close()
+
+
+def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.PluginManager, inner: Callable[[], _Inner]) -> Executor:
+    """A plugin's, else the built-in one. Raises ConfigError for a kind that nothing executes."""
+    brought: Executor | None = manager.hook.nearloop_executor(kind=kind, config=config, region=region)
+    if brought is not None:
+        return brought
+    if kind is Kind.INFER:
+        return TritonExecutor(config, region)
+    if kind is Kind.TOOL:
+        return ToolsExecutor(config)
+    if kind is Kind.RETRIEVE:
+        calls = inner().calls
+        model = next((section.embed_target for section in config.retrieve.collections), "embed")
+        return calls.wrap(RetrieveExecutor(config, TensorEmbedder(lambda payload: calls.infer(model, payload))))
+    raise ConfigError("worker", [f"nothing here executes steps of kind {kind.value}: a plugin must bring nearloop_executor"])
+
+
+async def run_worker(
+    config: Config, kind: Kind, region: str, *, name: str = "", ready_file: str | None = None, stop: asyncio.Event | None = None
+) -> None:
+    """Serves until SIGTERM or SIGINT (or `stop`), then drains; a second signal lets the drain wait no longer.
+
+    ready_file, when given, is written once the worker pulls. Raises ConfigError, TopologyMismatch, Unavailable.
+    """
+    if region not in config.region_names:
+        raise ConfigError("worker", [f"there is no region {region!r} in [[regions]]: it has {', '.join(config.region_names)}"])
+    name = name or default_name(kind.value)
+    stopping = stop or asyncio.Event()
+    clock, manager = SystemClock(), loader.find_plugins(config)
+    inner: list[_Inner] = []
+
+    def make_inner() -> _Inner:
+        inner.append(_Inner(config, name, region, clock, manager))
+        return inner[0]
+
+    executor = _build_executor(config, kind, region, manager, make_inner)
+    provider = build_provider(config.telemetry, "worker", name)
+    if provider is not None:
+        executor = TracedExecutor(executor, provider, region, name)
+    stats = WorkerStats(kind, region)
+    bus = NatsWorkerBus(config, name, region, clock)
+    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=stats.observe)
+    if stop is None:
+        _drain_on_signals(stopping, runtime)
+    try:
+        if not await _started(runtime, inner, stopping):
+            return
+        responder = ServiceResponder(
+            bus.control,
+            name=f"nearloop-{kind.value}",
+            instance_id=name,
+            version=__version__,
+            description=f"executes {kind.value} steps",
+            metadata={"region": region, "kind": kind.value},
+            endpoints=lambda: stats.endpoints(runtime.targets()),
+        )
+        await responder.start()
+        manager.hook.nearloop_started(role="worker", name=name)
+        if ready_file:
+            Path(ready_file).write_text(name)
+        log.info("%s worker %s is ready in region %s: %s", kind.value, name, region, ", ".join(runtime.info().targets))
+        await stopping.wait()
+        log.info("%s worker %s drains", kind.value, name)
+        manager.hook.nearloop_stopping(role="worker", name=name)
+        await runtime.drain()
+        await responder.stop()
+    finally:
+        await runtime.close()
+        for one in inner:
+            await one.close()
+        await shut_down(provider)
+        log.info("%s worker %s has stopped", kind.value, name)
+
+
+async def _started(runtime: WorkerRuntime, inner: list[_Inner], stopping: asyncio.Event) -> bool:
+    """False when it was told to stop before it was ready, which can take as long as Triton loads its models."""
+
+    async def start() -> None:
+        for one in inner:
+            await one.start()
+        await runtime.start()
+
+    starting = asyncio.create_task(start())
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if starting.done():
+        starting.result()
+        return True
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    return False
+
+
+def _drain_on_signals(stopping: asyncio.Event, runtime: WorkerRuntime) -> None:
+    def on_signal() -> None:
+        if stopping.is_set():
+            runtime.hurry()
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 after a drain, 1 when a part is not reachable, 2 for a mistake in configuration or topology."""
+    parser = argparse.ArgumentParser(prog="workers.serve", description="Runs one worker until SIGTERM.")
+    parser.add_argument("--kind", required=True, type=Kind, choices=list(Kind), metavar="{infer,tool,retrieve,run}")
+    parser.add_argument("--region", required=True)
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--name", default="", help="default: made from kind, host and process")
+    parser.add_argument("--ready-file", metavar="FILE", help="written once the worker pulls")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = load(options.config)
+        uvloop.run(run_worker(config, options.kind, options.region, name=options.name, ready_file=options.ready_file))
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    except NearloopError as error:
+        log.error("%s worker: %s", options.kind.value, error.message)
+        return 2 if error.code == "FAILED_PRECONDITION" else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
