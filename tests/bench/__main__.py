@@ -13,8 +13,10 @@ What is measured, for 1, 16, 64 and 256 calls in flight in a closed loop, the cl
 Each pipeline is one gateway process, one worker process and one nats-server that stores on files, with uvloop in every Python
 process; requests and answers are the same protobuf messages with about 100 bytes of JSON. All contestants run side by side and
 idle; in every round each is measured in turn, so that a drift of the machine meets all alike. A table shows medians over the
-rounds; a ratio is the median of the ratios of single rounds, whose two measurements lie close together. Client, gateway, worker and nats-server share this machine's cores: throughput says what the whole path costs in
-processor time, which is also shown by process, and is less than what a gateway with cores of its own would do.
+rounds; a ratio is the median of the ratios of single rounds, whose two measurements lie close together.
+
+Client, gateway, worker and nats-server share this machine's cores: throughput says what the whole path costs in processor time,
+which is also shown by process, and is less than what a gateway with cores of its own would do.
 
 Ends with 1 when something could not be measured. A missed target is said, and is no error.
 """
