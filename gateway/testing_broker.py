@@ -124,7 +124,10 @@ class Broker:
     def hold(self, stored: Stored, seconds: float) -> None:
         """Not to be delivered for so long."""
         stored.free_s = self.clock.now_s() + seconds
-        self.call_later(seconds, self.pump_soon)
+        if seconds > 0:
+            self.call_later(seconds, self.pump_soon)
+        else:
+            self.pump_soon()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         if isinstance(self.clock, ManualClock):

@@ -1,13 +1,9 @@
 """Fixtures that several test files share."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
-
 from nats_process import NatsProcess
 
 

@@ -266,3 +266,94 @@ async def test_work_goes_back_while_triton_is_down_and_on_when_it_is_back(tmp_pa
         await executor.close()
     finally:
         server.kill()
+
+
+# ---- the codec -----------------------------------------------------------------------------------------------------------------
+
+BODY_MODEL = Model("echo", (TensorSpec("json", "BYTES", (-1, 1)),))
+SUM_MODEL = Model("sum", (TensorSpec("a", "FP32", (-1, 2)), TensorSpec("b", "INT8", (-1,))))
+
+
+def kserve(name: str, shape: list[int], datatype: str, data: object) -> Payload:
+    return Payload(json.dumps({"inputs": [{"name": name, "shape": shape, "datatype": datatype, "data": data}]}).encode())
+
+
+def answer(*outputs: tuple[str, str, list[int], bytes]) -> object:
+    response = service_pb2.ModelInferResponse(model_name="sum")
+    for name, datatype, shape, raw in outputs:
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+        response.raw_output_contents.append(raw)
+    return response
+
+
+def test_a_body_is_one_bytes_element_with_the_batch_dimension() -> None:
+    request, form = encode(BODY_MODEL, Payload(b'{"a":1}', "application/json; charset=utf-8"), "s1")
+    assert form is Form.BODY
+    assert (request.model_name, request.id) == ("echo", "s1")
+    assert [(one.name, one.datatype, list(one.shape)) for one in request.inputs] == [("json", "BYTES", [1, 1])]
+    assert list(request.raw_input_contents) == [b'\x07\0\0\0{"a":1}']
+
+
+def test_raw_tensors_go_through_unchanged() -> None:
+    payload = tensors.encode({"a": np.array([[1.5, 2.5]], dtype=np.float32), "b": np.array([7], dtype=np.int8)})
+    request, form = encode(SUM_MODEL, payload, "s1")
+    assert list(request.raw_input_contents) == [np.array([1.5, 2.5], "<f4").tobytes(), b"\x07"]
+    pairs = zip(request.inputs, request.raw_input_contents, strict=True)
+    echoed = answer(*((one.name, one.datatype, list(one.shape), raw) for one, raw in pairs))
+    assert decode(echoed, form) == payload
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "raw"),
+    [
+        ("FP32", [[1, 2.5]], np.array([1, 2.5], "<f4").tobytes()),
+        ("INT64", [[1, -2]], np.array([1, -2], "<i8").tobytes()),
+        ("UINT64", [2**64 - 1, 0], np.array([2**64 - 1, 0], "<u8").tobytes()),
+        ("BOOL", [True, False], b"\x01\x00"),
+        ("BYTES", ["é", ""], b"\x02\0\0\0\xc3\xa9\0\0\0\0"),
+    ],
+)
+def test_kserve_json_becomes_raw_tensors_and_back(datatype: str, data: list[object], raw: bytes) -> None:
+    request, form = encode(SUM_MODEL, kserve("a", [1, 2], datatype, data), "s1")
+    assert list(request.raw_input_contents) == [raw]
+    (output,) = json.loads(decode(answer(("a", datatype, [1, 2], raw)), form).data)["outputs"]
+    flat = data[0] if isinstance(data[0], list) else data
+    assert output == {"name": "a", "datatype": datatype, "shape": [1, 2], "data": flat}
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        (Payload(b"{}", "text/plain"), "input"),
+        (Payload(b"not json"), "input"),
+        (Payload(b'{"inputs": 5}'), "input"),
+        (Payload(b'{"inputs": [{"name": "a"}]}'), "input"),
+        (Payload(b"\xff\xff", TENSORS), "input"),
+        (kserve("a", [1, 3], "FP32", [1, 2]), "input.inputs.0.data"),
+        (kserve("a", [-1], "FP32", [1]), "input.inputs.0.shape"),
+        (kserve("a", [1], "INT8", [128]), "input.inputs.0.data"),
+        (kserve("a", [1], "INT8", [True]), "input.inputs.0.data"),
+        (kserve("a", [1], "FP16", [1e6]), "input.inputs.0.data"),
+        (kserve("a", [1], "BYTES", [5]), "input.inputs.0.data"),
+        (kserve("a", [1], "FP8", [5]), "input.inputs.0.datatype"),
+    ],
+)
+def test_wrong_input_names_the_field(payload: Payload, field: str) -> None:
+    with pytest.raises(InvalidStep) as failure:
+        encode(SUM_MODEL, payload, "s1")
+    assert failure.value.fields[0][0] == field
+
+
+@pytest.mark.parametrize(
+    "response", [answer(("a", "FP32", [1], struct.pack("<f", float("nan")))), answer(("a", "BYTES", [1], b"\x01\0\0\0\xff"))]
+)
+def test_an_output_that_json_cannot_hold_says_what_to_do(response: object) -> None:
+    with pytest.raises(StepFailed, match=TENSORS):
+        decode(response, Form.KSERVE)
+    assert decode(response, Form.TENSORS).content_type == TENSORS
+
+
+def test_tokens_are_joined_in_order() -> None:
+    assert json.loads(join([Payload(b"1"), Payload(b'{"a":2}')], Form.BODY).data) == {"tokens": [1, {"a": 2}]}
+    parts = [tensors.encode({name: np.array([1], dtype=np.int8)}) for name in ("x", "y")]
+    assert list(tensors.decode(join(parts, Form.TENSORS))) == ["x", "y"]

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
+from gateway.clock import SystemClock
 from gateway.config import Config, NatsSection, TargetSection, WorkerSection
-from gateway.errors import InvalidStep, StepFailed, Unavailable
+from gateway.errors import StepFailed, Unavailable
 from gateway.ports import Delivery, Queue, Work
+from gateway.testing import MemoryBus
+from gateway.testing_broker import Broker, MemoryPuller, Stored
+from gateway.testing_bus import MemoryWorkerBus
 from gateway.types import (
     EventKind,
     Kind,
@@ -29,27 +33,29 @@ from workers.runtime import WorkerRuntime
 NEVER_S = 4e9  # a deadline far in the future, seconds since 1970
 
 
-@dataclass
-class FakeDelivery:
-    bus: "FakeBus"
-    step: Step
-    queue: Queue
-    attempt: int
-    reply_to: str
-    pending: int = 0
-    queued_us: int = 5
-    ended: str = ""
-    extended: int = 0
+class Watched:
+    """A delivery whose end is noted in the bus's journal."""
+
+    def __init__(self, inner: Delivery, bus: "WatchedBus") -> None:
+        self.inner, self.bus = inner, bus
+        self.step, self.queue, self.attempt = inner.step, inner.queue, inner.attempt
+        self.queued_us, self.pending, self.reply_to = inner.queued_us, inner.pending, inner.reply_to
+        self.ended = ""
+        self.extended = 0
+        self.delay_s = 0.0
 
     def ack(self) -> None:
         self._end("ack")
+        self.inner.ack()
 
     def nak(self, delay_s: float = 0.0) -> None:
         self._end("nak")
-        self.bus.naks.append((self.step.id, delay_s))
+        self.delay_s = delay_s
+        self.inner.nak(delay_s)
 
     def in_progress(self) -> None:
         self.extended += 1
+        self.inner.in_progress()
 
     def _end(self, how: str) -> None:
         assert not self.ended, f"{self.step.id} was ended twice"
@@ -57,114 +63,84 @@ class FakeDelivery:
         self.bus.journal.append((how, self.step.id))
 
 
-class FakePuller:
-    def __init__(self, bus: "FakeBus", queue: Queue, on_delivery: Callable[[Delivery], None]) -> None:
-        self.bus, self.queue, self.on_delivery = bus, queue, on_delivery
-        self.credits = 0
+class WatchedBus(MemoryWorkerBus):
+    """The bus in memory; `journal` has commits, replies and ends in order."""
 
-    def want(self, credits: int) -> None:
-        self.credits = max(self.credits, credits)
-        asyncio.get_running_loop().call_soon(self.bus.deliver, self)
-
-    async def close(self) -> None:
-        self.credits = 0
-        self.bus.pullers.pop(self.queue, None)
-
-
-@dataclass
-class FakeSubscription:
-    async def close(self) -> None: ...
-
-
-class FakeBus:
-    """Queues of steps in memory; `journal` has everything that was done, in order."""
-
-    def __init__(self) -> None:
-        self.connected = True
-        self.queues: dict[Queue, deque[FakeDelivery]] = defaultdict(deque)
-        self.pullers: dict[Queue, FakePuller] = {}
-        self.results: dict[tuple[str, str], StepResult] = {}
-        self.keeps: dict[str, float] = {}
+    def __init__(self, memory: MemoryBus, config: Config) -> None:
+        super().__init__(memory._broker, "w1", "home")
+        self.config = config
+        self.down = False
         self.journal: list[tuple[str, str]] = []
-        self.naks: list[tuple[str, float]] = []
+        self.deliveries: dict[str, list[Watched]] = defaultdict(list)
         self.replies: list[tuple[str, StepResult]] = []
         self.events: list[StepEvent] = []
-        self.buried: list[tuple[str, str]] = []
+        self.keeps: dict[str, float] = {}
         self.announced: list[Sequence[Target]] = []
         self.beats: list[WorkerInfo] = []
-        self.retired: list[WorkerInfo] = []
-        self.down = False
-        self.cancel: Callable[[str, str], None] = lambda tenant, step_id: None
-        self.replay: Callable[[str, str, int, int], Sequence[StepEvent] | None] = lambda *_: None
+        self.open: set[Queue] = set()
 
-    async def start(self) -> None: ...
+    @property
+    def broker(self) -> Broker:
+        return self._broker
 
-    async def close(self) -> None:
-        self.journal.append(("closed", ""))
+    def put(self, step: Step, *, region: str = "home", attempt: int = 1, reply_to: str = "nl.reply.g.x") -> str:
+        """Stores a step so that its next delivery is number `attempt`; returns its id."""
+        stored = Stored(step, region, reply_to, self.broker.clock.now_s(), attempt - 1)
+        self.broker.steps[self.broker.subject_of(stored)] = stored
+        self.broker.pump_soon()
+        return step.id
 
-    async def announce(self, targets: Sequence[Target]) -> None:
-        self.announced.append(targets)
+    def has(self, result: StepResult) -> StepResult:
+        """Somebody committed this result before."""
+        assert self.broker.commit(result, 60.0)
+        return result
 
-    async def heartbeat(self, info: WorkerInfo) -> None:
-        self.beats.append(info)
+    def order(self, step_id: str) -> list[str]:
+        return [what for what, whose in self.journal if whose == step_id]
 
-    async def retire(self, info: WorkerInfo) -> None:
-        self.retired.append(info)
+    async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> MemoryPuller:
+        def watch(inner: Delivery) -> None:
+            delivery = Watched(inner, self)
+            self.deliveries[inner.step.id].append(delivery)
+            on_delivery(delivery)
 
-    async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> FakePuller:
-        puller = self.pullers[queue] = FakePuller(self, queue, on_delivery)
-        return puller
-
-    async def result(self, tenant: str, step_id: str) -> StepResult | None:
-        return self.results.get((tenant, step_id))
+        return await super().consume(queue, watch)
 
     async def commit(self, result: StepResult, keep_s: float) -> bool:
         if self.down:
             raise Unavailable("the transport is down")
-        if len(result.output.data) > 1000:
-            raise InvalidStep([("output", "is too large")], reason="OUTPUT_TOO_LARGE")
+        first = await super().commit(result, keep_s)
         self.journal.append(("commit", result.step_id))
         self.keeps[result.step_id] = keep_s
-        return self.results.setdefault((result.tenant, result.step_id), result) is result
-
-    async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
-        self.buried.append((delivery.step.id, reason))
+        return first
 
     def reply(self, subject: str, result: StepResult) -> None:
         self.journal.append(("reply", result.step_id))
         self.replies.append((subject, result))
+        super().reply(subject, result)
 
     def publish_event(self, tenant: str, event: StepEvent) -> None:
         self.events.append(event)
+        super().publish_event(tenant, event)
 
-    async def on_cancel(self, callback: Callable[[str, str], None]) -> FakeSubscription:
-        self.cancel = callback
-        return FakeSubscription()
+    async def announce(self, targets: Sequence[Target]) -> None:
+        self.announced.append(targets)
+        await super().announce(targets)
 
-    async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> FakeSubscription:
-        self.replay = answer
-        return FakeSubscription()
+    async def heartbeat(self, info: WorkerInfo) -> None:
+        self.beats.append(info)
+        await super().heartbeat(info)
 
-    # what a test does
+    def pulled(self) -> set[Queue]:
+        return {puller.queue for puller in self.broker.pullers}
 
-    def put(self, step: Step, *, region: str = "home", attempt: int = 1, reply_to: str = "nl.reply.g.x") -> FakeDelivery:
-        queue = Queue(region, step.kind, step.target, step.lane, 0 if region == "home" else 1)
-        delivery = FakeDelivery(self, step, queue, attempt, reply_to)
-        self.queues[queue].append(delivery)
-        if queue in self.pullers:
-            self.deliver(self.pullers[queue])
-        return delivery
+    def cancel(self, tenant: str, step_id: str) -> None:
+        for callback in self.broker.cancellers:
+            callback(tenant, step_id)
 
-    def deliver(self, puller: FakePuller) -> None:
-        waiting = self.queues[puller.queue]
-        while puller.credits and waiting:
-            puller.credits -= 1
-            delivery = waiting.popleft()
-            delivery.pending = len(waiting)
-            puller.on_delivery(delivery)
-
-    def order(self, step_id: str) -> list[str]:
-        return [what for what, whose in self.journal if whose == step_id]
+    def replay(self, *question: object) -> Sequence[StepEvent] | None:
+        (answer,) = self.broker.replayers
+        return answer(*question)
 
 
 @dataclass
@@ -224,7 +200,8 @@ def step(step_id: str, data: bytes = b"{}", **changes: object) -> Step:
 
 @dataclass
 class Rig:
-    bus: FakeBus
+    memory: MemoryBus
+    bus: WatchedBus
     executor: FakeExecutor
     runtime: WorkerRuntime
 
@@ -233,9 +210,10 @@ class Rig:
             while not condition():
                 await asyncio.sleep(0)
 
-    async def ended(self, delivery: FakeDelivery) -> str:
-        await self.until(lambda: delivery.ended)
-        return delivery.ended
+    async def ended(self, step_id: str, delivery: int = 0) -> str:
+        """How the delivery of the step (0 is the first one here) ended."""
+        await self.until(lambda: len(self.bus.deliveries[step_id]) > delivery and self.bus.deliveries[step_id][delivery].ended)
+        return self.bus.deliveries[step_id][delivery].ended
 
 
 Make = Callable[..., Awaitable[Rig]]
@@ -246,9 +224,10 @@ async def make() -> AsyncGenerator[Make, None]:
     rigs: list[Rig] = []
 
     async def make(executor: FakeExecutor | None = None, config: Config | None = None, start: bool = True) -> Rig:
-        bus, executor = FakeBus(), executor or FakeExecutor()
         config = config or Config(worker=WorkerSection(drain_s=10))
-        rig = Rig(bus, executor, WorkerRuntime(config, Kind.TOOL, "home", "w1", bus, executor, random_source=lambda: 0.0))
+        memory = MemoryBus(config, SystemClock(), max_payload_bytes=1000)
+        bus, executor = WatchedBus(memory, config), executor or FakeExecutor()
+        rig = Rig(memory, bus, executor, WorkerRuntime(config, Kind.TOOL, "home", "w1", bus, executor, random_source=lambda: 0.0))
         rigs.append(rig)
         if start:
             await rig.runtime.start()
@@ -281,15 +260,15 @@ async def test_the_result_is_committed_then_answered_then_acknowledged(make: Mak
 
 async def test_a_result_that_came_second_is_not_answered(make: Make) -> None:
     rig = await make()
-    theirs = rig.bus.results[("acme", "s1")] = StepResult("s1", "acme", Status.DONE)
+    theirs = rig.bus.has(StepResult("s1", "acme", Status.DONE))
     assert await rig.ended(rig.bus.put(step("s1"))) == "ack"
     assert rig.bus.replies == []
-    assert rig.bus.results[("acme", "s1")] is theirs
+    assert await rig.bus.result("acme", "s1") is theirs
 
 
 async def test_a_redelivered_step_with_a_result_is_only_answered(make: Make) -> None:
     rig = await make()
-    stored = rig.bus.results[("acme", "s1")] = StepResult("s1", "acme", Status.DONE, Payload(b"1"))
+    stored = rig.bus.has(StepResult("s1", "acme", Status.DONE, Payload(b"1")))
     assert await rig.ended(rig.bus.put(step("s1"), attempt=2)) == "ack"
     assert rig.bus.replies == [("nl.reply.g.x", stored)]
     assert rig.executor.started == []
@@ -304,7 +283,7 @@ async def test_a_redelivered_step_without_a_result_is_executed_again(make: Make)
 async def test_past_max_deliver_a_step_is_buried_once_and_not_started(make: Make) -> None:
     rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", max_deliver=2)]))
     assert await rig.ended(rig.bus.put(step("s1"), attempt=3)) == "ack"
-    assert rig.bus.buried == [("s1", "MAX_DELIVER")]
+    assert [(letter.step.id, letter.reason) for letter in rig.memory.dead.values()] == [("s1", "MAX_DELIVER")]
     assert rig.bus.replies[0][1].status is Status.DEAD
     assert rig.executor.started == []
 
@@ -325,7 +304,7 @@ async def test_expired_work_is_not_started(make: Make) -> None:
     [
         (b"fail", "NOT_FOUND", "HTTP_404", "the API said 404"),
         (b"bug", "INTERNAL", "EXECUTOR_ERROR", "the executor raised ValueError"),
-        (b"large", "INVALID_ARGUMENT", "OUTPUT_TOO_LARGE", "output: is too large"),
+        (b"large", "INVALID_ARGUMENT", "TOO_LARGE", "input: 2000 bytes, the transport takes 1000"),
     ],
 )
 async def test_failures_say_why_and_keep_the_input_to_themselves(
@@ -367,7 +346,7 @@ async def test_an_unreachable_transport_at_commit_hands_the_step_back(make: Make
     assert await rig.ended(rig.bus.put(step("s1"))) == "nak"
     assert rig.bus.replies == []
     rig.bus.down = False
-    assert await rig.ended(rig.bus.put(step("s2"))) == "ack"
+    assert await rig.ended("s1", delivery=1) == "ack"
 
 
 # ---- events --------------------------------------------------------------------------------------------------------------------
@@ -406,35 +385,37 @@ async def test_slots_bound_what_runs_and_urgent_steps_start_first(make: Make) ->
         assert await rig.ended(delivery) == "ack"
     assert rig.executor.most == 2
     assert rig.executor.started.index("urgent") < rig.executor.started.index("late-batch")
-    assert len(rig.bus.results) == 8
+    assert len(rig.bus.broker.results) == 8
+    assert not rig.bus.broker.steps
 
 
 async def test_far_queues_are_pulled_only_when_the_config_says_so(make: Make) -> None:
     regions = [{"name": "home"}, {"name": "far"}]
     far = await make(config=Config(regions=regions))
-    assert {queue.priority for queue in far.bus.pullers if queue.region == "far"} == {1}
+    assert {queue.priority for queue in far.bus.pulled() if queue.region == "far"} == {1}
     assert await far.ended(far.bus.put(step("s1"), region="far")) == "ack"
     near = await make(config=Config(regions=regions, worker=WorkerSection(far_regions=False)))
-    assert {queue.region for queue in near.bus.pullers} == {"home"}
+    assert {queue.region for queue in near.bus.pulled()} == {"home"}
 
 
 async def test_the_same_step_delivered_again_while_it_runs_is_executed_once(make: Make) -> None:
     rig = await make()
-    first = rig.bus.put(step("s1", b"wait"))
+    rig.bus.put(step("s1", b"wait"))
     await rig.until(lambda: rig.executor.started == ["s1"])
-    second = rig.bus.put(step("s1", b"wait"), attempt=2)
+    rig.bus.put(step("s1", b"wait"), attempt=2)  # as if its hold had run out
+    await rig.until(lambda: len(rig.bus.deliveries["s1"]) == 2)
     rig.executor.gate.set()
-    assert await rig.ended(second) == "ack"
-    assert first.ended == ""  # its hold ran out; only the newer one counts
+    assert await rig.ended("s1", delivery=1) == "ack"
+    assert rig.bus.deliveries["s1"][0].ended == ""  # only the newer one counts
     assert rig.executor.started == ["s1"]
     assert len(rig.bus.replies) == 1
 
 
 async def test_what_is_held_for_long_is_extended(make: Make) -> None:
     rig = await make(config=Config(nats=NatsSection(ack_wait_s=1)))
-    delivery = rig.bus.put(step("s1", b"wait"))
-    await rig.until(lambda: delivery.extended)
-    assert not delivery.ended
+    rig.bus.put(step("s1", b"wait"))
+    await rig.until(lambda: any(delivery.extended for delivery in rig.bus.deliveries["s1"]))
+    assert [delivery.ended for delivery in rig.bus.deliveries["s1"]] == [""]
 
 
 # ---- readiness -----------------------------------------------------------------------------------------------------------------
@@ -452,11 +433,11 @@ async def test_unavailable_hands_back_and_stops_pulling_until_ready(make: Make) 
     rig.executor.is_ready = False
     first = rig.bus.put(step("s1", b"down"))
     assert await rig.ended(first) == "nak"
-    assert rig.bus.naks[0][1] > 0
-    await rig.until(lambda: not rig.bus.pullers)
+    assert rig.bus.deliveries["s1"][0].delay_s > 0
+    await rig.until(lambda: not rig.bus.pulled())
     later = rig.bus.put(step("s2"))
     await rig.until(lambda: rig.bus.beats[-1].targets == ())
-    assert later.ended == ""  # it stays in the queue
+    assert rig.bus.deliveries[later] == []  # it stays in the queue
     rig.executor.is_ready = True
     assert await rig.ended(later) == "ack"
 
@@ -479,13 +460,14 @@ async def test_drain_lets_running_work_finish_and_hands_back_the_rest(make: Make
     await rig.until(lambda: rig.executor.started == ["s1"])
     draining = asyncio.create_task(rig.runtime.drain())
     assert await rig.ended(waiting) == "nak"
-    assert not rig.bus.pullers
+    assert not rig.bus.pulled()
     assert rig.bus.beats[-1].draining
     rig.executor.gate.set()
     await draining
-    assert running.ended == "ack"
+    assert await rig.ended(running) == "ack"
+    assert "home.w1" in rig.bus.broker.workers
     await rig.runtime.close()
-    assert [info.id for info in rig.bus.retired] == ["w1"]
+    assert rig.bus.broker.workers == {}
 
 
 async def test_hurry_hands_back_what_still_runs(make: Make) -> None:
@@ -495,9 +477,41 @@ async def test_hurry_hands_back_what_still_runs(make: Make) -> None:
     draining = asyncio.create_task(rig.runtime.drain())
     rig.runtime.hurry()
     await draining
-    assert running.ended == "nak"
+    assert await rig.ended(running) == "nak"
     assert rig.executor.running == 0
-    assert rig.bus.results == {}
+    assert rig.bus.broker.results == {}
+
+
+# ---- together with a gateway ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_gateway_gets_results_and_its_withdrawal_stops_the_work(make: Make) -> None:
+    rig = await make()
+    gateway = rig.memory.gateway()
+    assert (await gateway.execute(step("s1", b'"hi"'), "home")).output.data == b'"hi"'
+    assert (await gateway.execute(step("s2", b"fail"), "home")).status is Status.FAILED
+    future = gateway.execute(step("s3", b"wait"), "home")
+    await rig.until(lambda: rig.executor.running)
+    await gateway.withdraw(step("s3", b"wait"), "home")
+    assert (await future).status is Status.CANCELLED
+    assert rig.executor.running == 0
+
+
+async def test_what_a_draining_worker_hands_back_another_one_finishes(make: Make) -> None:
+    rig = await make()
+    gateway = rig.memory.gateway()
+    future = gateway.execute(step("s1", b"wait"), "home")
+    await rig.until(lambda: rig.executor.running)
+    executor = FakeExecutor()
+    executor.gate.set()
+    other = WorkerRuntime(rig.bus.config, Kind.TOOL, "home", "w2", rig.memory.worker("w2"), executor)
+    await other.start()
+    rig.runtime.hurry()
+    await rig.runtime.drain()
+    result = await future
+    assert (result.worker, result.attempt, result.status) == ("w2", 2, Status.DONE)
+    await other.drain()
+    await other.close()
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------------------

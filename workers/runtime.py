@@ -22,6 +22,7 @@ from workers.outcome import Outcomes
 
 log = logging.getLogger("nearloop.worker")
 
+MOST_PAUSES = 3  # a target that refuses is asked again after 1 s at most, as long as its executor calls it ready
 LOOK_S = 0.25  # how often readiness and the executor's targets are looked at
 
 
@@ -178,7 +179,8 @@ class WorkerRuntime:
 
     def _on_unavailable(self, name: str) -> None:
         refusals = self._paused.get(name, (0, 0.0))[0] + 1
-        self._paused[name] = (refusals, self._clock.now_s() + backoff_s(refusals, self._random()))
+        pause_s = backoff_s(min(refusals, MOST_PAUSES), self._random())
+        self._paused[name] = (refusals, self._clock.now_s() + pause_s)
         self._lanes[name].is_open = False
         self._look.set()
 

@@ -2,7 +2,7 @@
 
 GET /v1/names/{name}   {"name", "kind", "module", "signature", "doc"}, or 404 with {"error"}
 GET /healthz           {"status": "ok", "names": N}
-POST /v1/ledger        needs the header Idempotency-Key; answers {"key", "calls": of this key}
+POST /v1/ledger        needs the header Idempotency-Key; answers {"key", "calls": of this key}, ?delay_ms=N later than it counted
 GET /v1/ledger         {"keys": distinct keys, "calls": all calls, "repeated": {key: calls}}
 
 The ledger lets a test count effects: a step that ran twice shows as a repeated key.
@@ -19,6 +19,7 @@ from aiohttp import web
 from gateway.demo.corpus import Entry, build
 
 MAX_KEY_CHARS = 200
+MAX_DELAY_MS = 60_000
 _ENTRIES = web.AppKey("entries", dict[str, Entry])
 
 
@@ -78,7 +79,12 @@ async def _post_ledger(request: web.Request) -> web.Response:
     key = request.headers.get("Idempotency-Key", "")
     if not key or len(key) > MAX_KEY_CHARS or not key.isprintable():
         return web.json_response({"error": f"Idempotency-Key: 1 to {MAX_KEY_CHARS} printable characters"}, status=400)
-    return web.json_response({"key": key, "calls": request.app[_LEDGER].record(key)})
+    delay_ms = request.query.get("delay_ms", "0")
+    if not delay_ms.isdecimal() or int(delay_ms) > MAX_DELAY_MS:
+        return web.json_response({"error": f"delay_ms: 0 to {MAX_DELAY_MS}"}, status=400)
+    calls = request.app[_LEDGER].record(key)
+    await asyncio.sleep(int(delay_ms) / 1000)  # the effect is there, its answer is not: the moment in which a caller must not die
+    return web.json_response({"key": key, "calls": calls})
 
 
 async def _get_ledger(request: web.Request) -> web.Response:

@@ -125,7 +125,7 @@ class Run:
                 try:
                     endpoint = contestant.start_roomy(self.site)
                     wait_until_ready(endpoint, self.generator)
-                    self.memory.append(memory.read(contestant.name, endpoint, self.generator, steps))
+                    self.memory.append(memory.read(contestant.name, endpoint, self.generator, steps, self.arguments.seconds))
                 except BenchError as error:
                     self.give_up(contestant.name, error)
 

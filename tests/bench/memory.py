@@ -15,7 +15,6 @@ from tests.bench.contestants import Endpoint
 from tests.bench.parts import BenchError, LoadGenerator, Part
 from tests.bench.report import Memory
 
-WARMUP_S = 3.0
 PATIENCE_S = 15.0
 ADD = 250
 
@@ -57,10 +56,10 @@ def settled_kb(part: Part) -> float:
     return now
 
 
-def read(name: str, endpoint: Endpoint, generator: LoadGenerator, steps: int) -> Memory:
+def read(name: str, endpoint: Endpoint, generator: LoadGenerator, steps: int, warmup_s: float) -> Memory:
     """Raises BenchError when not all steps come to be in flight, or do not stay."""
     gateway = endpoint.parts[0]
-    generator.ask(do="measure", in_flight=64, warmup_s=0.0, seconds=WARMUP_S, **endpoint.job)
+    generator.ask(do="measure", in_flight=64, warmup_s=0.0, seconds=warmup_s, **endpoint.job)
     if not endpoint.held_request:
         psutil.Process(endpoint.parts[1].process.pid).suspend()
     before_kb = settled_kb(gateway)
