@@ -3,6 +3,7 @@
 Outputs go to stdout, where the time went to stderr, so that `nearloop execute ... | jq` works.
 """
 
+import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway import cli_output
+from gateway import addresses, cli_output
 from gateway.cli_common import DEFAULT_ADDRESS, Address, run_async
+from gateway.errors import Unavailable
 from gateway.types import Kind, Lane, Payload
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ Key = Annotated[str, typer.Option("--key", help="Idempotency key: makes the step
 Run = Annotated[str, typer.Option("--run", help="The run that it belongs to.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything as JSON, one line for each answer or event.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job, as `nearloop submit` printed it.")]
+_CONNECT_WITHIN_S = 5.0
 
 
 def register(app: typer.Typer) -> None:
@@ -57,14 +60,32 @@ def read_input(text: str) -> Payload:
 
 
 def _with_client(address: str, api_key: str, use: Callable[["NearloopClient"], Awaitable[None]]) -> None:
+    try:
+        host, port = addresses.split(address)
+    except ValueError as error:
+        raise typer.BadParameter(f"--address: {error}") from None
+
     async def main() -> int:
+        await _look(host, port, address)
         from gateway.client import NearloopClient
 
-        async with NearloopClient(address, api_key=api_key) as client:
+        async with NearloopClient(address, api_key=api_key or None) as client:
             await use(client)
         return 0
 
     run_async(main)
+
+
+async def _look(host: str, port: int, address: str) -> None:
+    """A person hears at once that nothing listens there; the client would try for a while. Raises Unavailable."""
+    try:
+        async with asyncio.timeout(_CONNECT_WITHIN_S):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+    except (OSError, TimeoutError):
+        raise Unavailable(
+            f"no gateway answers at {address}: start one with `nearloop up`, or name it with --address", reason="GATEWAY_UNREACHABLE"
+        ) from None
 
 
 def _step_options(lane: Lane, timeout_s: float, key: str, run: str) -> dict[str, Any]:
@@ -132,6 +153,7 @@ def watch(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADD
     """Follow a job to its end; the stream is resumed when a connection breaks."""
 
     async def use(client: "NearloopClient") -> None:
+        await client.get_job(job_id)  # a watch waits for a gateway as long as it takes; that one is there is asked before
         async with aclosing(client.watch(job_id)) as items:
             async for item in items:
                 cli_output.show_item(item, as_json)

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -101,7 +102,7 @@ class FakeService:
         job_id = f"home-{hashlib.sha256((step.idempotency_key or step.id).encode()).hexdigest()[:32]}"
         created = job_id not in self.jobs
         if created:
-            self.jobs[job_id] = JobStatus(Job(step, "home", 1000.0, "d"), JobState.QUEUED)
+            self.jobs[job_id] = JobStatus(Job(replace(step, id=job_id), "home", 1000.0, "d"), JobState.QUEUED)
         return self.jobs[job_id], created
 
     async def job(self, tenant: str, job_id: str) -> JobStatus:

@@ -71,7 +71,13 @@ def test_a_struct_with_a_number_that_json_lacks_is_refused(number: float) -> Non
 
 def test_whole_numbers_of_a_struct_are_integers() -> None:
     value = convert.struct_from_proto(convert.struct_to_proto({"n": 3, "x": 3.5, "t": True}))
-    assert [type(item) for item in value.values()] == [int, float, bool]
+    assert {key: type(item) for key, item in value.items()} == {"n": int, "x": float, "t": bool}
+
+
+def test_the_same_struct_is_always_the_same_bytes() -> None:
+    one = convert.struct_to_proto({"b": 1, "a": {"d": 1, "c": 2}})
+    other = convert.struct_to_proto({"a": {"c": 2, "d": 1}, "b": 1})
+    assert convert.payload_from_proto(pb.Payload(json=one)) == convert.payload_from_proto(pb.Payload(json=other))
 
 
 @given(payloads)

@@ -11,16 +11,18 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway import tensors
 from gateway.config import Config, TritonSection
-from gateway.errors import Expired, InvalidStep, StepFailed, Unavailable
+from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unavailable
 from gateway.types import JSON, TENSORS, Kind, Payload, Step, TensorSpec
 from workers import triton_aftermath, triton_server
 from workers.triton import TritonExecutor
@@ -357,3 +359,87 @@ def test_tokens_are_joined_in_order() -> None:
     assert json.loads(join([Payload(b"1"), Payload(b'{"a":2}')], Form.BODY).data) == {"tokens": [1, {"a": 2}]}
     parts = [tensors.encode({name: np.array([1], dtype=np.int8)}) for name in ("x", "y")]
     assert list(tensors.decode(join(parts, Form.TENSORS))) == ["x", "y"]
+
+
+# ---- what Triton is told and what its statuses mean ----------------------------------------------------------------------------
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """One model `m` that takes JSON; answers an inference with `status`, or with its input."""
+
+    def __init__(self) -> None:
+        self.metadata: dict[str, str] = {}
+        self.status: tuple[grpc.StatusCode, str] | None = None
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        index = service_pb2.RepositoryIndexResponse()
+        for name, version in (("m", "9"), ("m", "10"), ("not an id", "1")):
+            index.models.add(name=name, version=version, state="READY")
+        return index
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        answer = service_pb2.ModelMetadataResponse(name=request.name)
+        answer.inputs.add(name="json", datatype="BYTES", shape=[1])
+        return answer
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelConfigResponse()
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        if self.status is not None:
+            await context.abort(*self.status)
+        return answer(("json", "BYTES", [1], request.raw_input_contents[0]))
+
+
+@pytest.fixture
+async def fake() -> AsyncGenerator[tuple[FakeTriton, TritonExecutor], None]:
+    fake, server = FakeTriton(), grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    executor = TritonExecutor(Config(triton=TritonSection(url=f"127.0.0.1:{port}")), "home")
+    await executor.start()
+    yield fake, executor
+    await executor.close()
+    await server.stop(None)
+
+
+async def test_trace_context_goes_on_and_names_that_are_no_ids_stay_out(fake: tuple[FakeTriton, TritonExecutor]) -> None:
+    triton, executor = fake
+    assert [target.name for target in executor.targets()] == ["m"]
+    asked = work("m", {})
+    asked.step = replace(asked.step, traceparent="00-aa-bb-01", tracestate="v=1")
+    assert (await executor.execute(asked)).data == b"{}"
+    assert (triton.metadata["traceparent"], triton.metadata["tracestate"]) == ("00-aa-bb-01", "v=1")
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "raises", "code", "stays_ready"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", Unavailable, "UNAVAILABLE", False),
+        (grpc.StatusCode.UNAVAILABLE, "Request for model is refused: queue full", Unavailable, "UNAVAILABLE", True),
+        (grpc.StatusCode.NOT_FOUND, "unknown model", Unavailable, "UNAVAILABLE", True),
+        (grpc.StatusCode.INTERNAL, "Stub process 'm' is not healthy", Unavailable, "UNAVAILABLE", True),
+        (grpc.StatusCode.INVALID_ARGUMENT, "text: missing", StepFailed, "INVALID_ARGUMENT", True),
+        (grpc.StatusCode.INTERNAL, "division by zero", StepFailed, "INTERNAL", True),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "", Expired, "DEADLINE_EXCEEDED", True),
+    ],
+)
+async def test_each_status_of_triton_has_its_meaning(
+    fake: tuple[FakeTriton, TritonExecutor],
+    status: grpc.StatusCode,
+    details: str,
+    raises: type[NearloopError],
+    code: str,
+    stays_ready: bool,
+) -> None:
+    triton, executor = fake
+    triton.status = (status, details)
+    with pytest.raises(raises) as failure:
+        await executor.execute(work("m", {}))
+    assert failure.value.code == code
+    assert executor.ready("m") is stays_ready

@@ -5,11 +5,12 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from gateway.clock import SystemClock
-from gateway.config import Config, NatsSection, TargetSection, WorkerSection
+from gateway.config import Config, NatsSection, RegionSection, TargetSection, WorkerSection
 from gateway.errors import StepFailed, Unavailable
 from gateway.ports import Delivery, Queue, Work
 from gateway.testing import MemoryBus
@@ -138,7 +139,7 @@ class WatchedBus(MemoryWorkerBus):
         for callback in self.broker.cancellers:
             callback(tenant, step_id)
 
-    def replay(self, *question: object) -> Sequence[StepEvent] | None:
+    def replay(self, *question: Any) -> Sequence[StepEvent] | None:
         (answer,) = self.broker.replayers
         return answer(*question)
 
@@ -194,7 +195,7 @@ class FakeExecutor:
             self.running -= 1
 
 
-def step(step_id: str, data: bytes = b"{}", **changes: object) -> Step:
+def step(step_id: str, data: bytes = b"{}", **changes: Any) -> Step:
     return replace(Step(step_id, "acme", Kind.TOOL, "echo", Payload(data), NEVER_S), **changes)
 
 
@@ -390,7 +391,7 @@ async def test_slots_bound_what_runs_and_urgent_steps_start_first(make: Make) ->
 
 
 async def test_far_queues_are_pulled_only_when_the_config_says_so(make: Make) -> None:
-    regions = [{"name": "home"}, {"name": "far"}]
+    regions = (RegionSection(name="home"), RegionSection(name="far"))
     far = await make(config=Config(regions=regions))
     assert {queue.priority for queue in far.bus.pulled() if queue.region == "far"} == {1}
     assert await far.ended(far.bus.put(step("s1"), region="far")) == "ack"

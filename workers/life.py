@@ -92,7 +92,7 @@ class StepLife:
             self._answer(held, result if first else None)
         except Unavailable as error:
             result = None
-            log.info("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
+            log.debug("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
             self.hand_back(held, backoff_s(held.attempt, self._random()))
         except _HandBackError:
             self.hand_back(held, 0.0)

@@ -7,22 +7,20 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 
 from gateway.clock import Clock, SystemClock
 from gateway.config import Config
-from gateway.errors import Unavailable
-from gateway.ports import Delivery, Executor, Queue, Subscription, WorkerBus
-from gateway.types import LANES, Kind, StepResult, Target, WorkerInfo
-from workers.catalogue import merge_target
+from gateway.errors import NearloopError, Unavailable
+from gateway.ports import Delivery, Executor, Subscription, WorkerBus
+from gateway.types import Kind, StepResult, Target, WorkerInfo
 from workers.held import Held, Phase, Stop
 from workers.lanes import Lane, TargetLanes
 from workers.life import StepLife, backoff_s
 from workers.outcome import Outcomes
+from workers.served import ServedTargets
 
 log = logging.getLogger("nearloop.worker")
 
-MOST_PAUSES = 3  # a target that refuses is asked again after 1 s at most, as long as its executor calls it ready
 LOOK_S = 0.25  # how often readiness and the executor's targets are looked at
 
 
@@ -63,13 +61,12 @@ class WorkerRuntime:
             region,
             worker_id,
         )
-        self._targets: dict[str, Target] = {}
-        self._announced: tuple[Target, ...] = ()
-        self._lanes: dict[str, TargetLanes] = {}
-        self._paused: dict[str, tuple[int, float]] = {}  # target: refusals in a row, not before this time
+        self._served = ServedTargets(
+            config, region, bus, executor, self._clock, random_source, self._begin, self._on_delivery, self._hand_back
+        )
         self._held: dict[tuple[str, str], Held] = {}
         self._to_ask: set[TargetLanes] = set()
-        self._connected = False
+        self._bus_begun = self._connected = False
         self._told: tuple[str, ...] = ()  # the targets of the last heartbeat
         self._draining = False
         self._idle = asyncio.Event()
@@ -85,12 +82,13 @@ class WorkerRuntime:
         self._loop = asyncio.get_running_loop()
         self._life.bind(self._loop)
         await self._start_executor()
+        self._bus_begun = True
         await self._bus.start()
         self._connected = True
-        await self._announce_changes()
+        await self._served.announce_changes()
         self._subscriptions.append(await self._bus.on_cancel(self._on_cancel))
         self._subscriptions.append(await self._bus.serve_replay(self._life.events.answer))
-        await self._open_and_close()
+        await self._served.open_and_close()
         await self._heartbeat()
         self._tasks = [
             asyncio.create_task(self._look_after_readiness()),
@@ -99,29 +97,30 @@ class WorkerRuntime:
         ]
 
     async def _start_executor(self) -> None:
-        attempt = 1
+        attempt, said = 1, ""
         while True:
             try:
                 return await self._executor.start()
             except Unavailable as error:
-                delay_s = backoff_s(attempt, self._random())
-                log.warning("%s worker is not ready: %s; next try in %.1f s", self.kind.value, error.message, delay_s)
-                await asyncio.sleep(delay_s)
+                if error.message != said:
+                    said = error.message
+                    log.warning("%s worker %s is not ready and tries again: %s", self.kind.value, self.id, said)
+                await asyncio.sleep(backoff_s(attempt, self._random()))
                 attempt += 1
 
     def targets(self) -> Sequence[Target]:
         """What this worker executes, with the settings of the configuration."""
-        return self._announced
+        return self._served.announced
 
     def info(self) -> WorkerInfo:
-        ready = [target for target in self._announced if self._ready(target.name)]
+        ready = self._served.ready()
         return WorkerInfo(
             self.id,
             self.region,
             self.kind,
             tuple(target.scope for target in ready),
             sum(target.slots for target in ready),
-            sum(lanes.running for lanes in self._lanes.values()),
+            sum(lanes.running for lanes in self._served.lanes.values()),
             self._draining,
         )
 
@@ -141,7 +140,7 @@ class WorkerRuntime:
         self._ask_soon(lanes)
 
     def _begin(self, held: Held) -> None:
-        target = self._targets[held.step.target]
+        target = self._served.targets[held.step.target]
         held.task = self._loop.create_task(self._life.live(held, target))
 
     def _on_end(self, held: Held, result: StepResult | None) -> None:
@@ -149,11 +148,11 @@ class WorkerRuntime:
         if self._held.get(held.key) is held:
             del self._held[held.key]
         name = held.step.target
-        lanes = self._lanes[name]
+        lanes = self._served.lanes[name]
         lanes.finished(held)
         self._ask_soon(lanes)
-        if result is not None and self._paused:
-            self._paused.pop(name, None)
+        if result is not None:
+            self._served.succeeded(name)
         if self._observe is not None:
             self._observe(held, result)
         if self._draining and not self._held:
@@ -175,19 +174,18 @@ class WorkerRuntime:
         if held is None:
             return
         held.stop(Stop.CANCELLED)
-        self._lanes[held.step.target].start_now(held)  # one that waits for a slot needs none any more, only its end
+        self._served.lanes[held.step.target].start_now(held)  # one that waits for a slot needs none any more, only its end
 
     def _on_unavailable(self, name: str) -> None:
-        refusals = self._paused.get(name, (0, 0.0))[0] + 1
-        pause_s = backoff_s(min(refusals, MOST_PAUSES), self._random())
-        self._paused[name] = (refusals, self._clock.now_s() + pause_s)
-        self._lanes[name].is_open = False
+        self._served.refused(name)
         self._look.set()
 
-    # ---- readiness -----------------------------------------------------------------------------------------------------------
+    def _hand_back(self, held: Held) -> None:
+        """A step that came and has not started."""
+        del self._held[held.key]
+        self._life.hand_back(held, 0.0 if self._draining else backoff_s(held.attempt, self._random()))
 
-    def _ready(self, name: str) -> bool:
-        return self._executor.ready(name) and self._paused.get(name, (0, 0.0))[1] <= self._clock.now_s()
+    # ---- signs of life -------------------------------------------------------------------------------------------------------
 
     async def _look_after_readiness(self) -> None:
         while True:
@@ -198,71 +196,22 @@ class WorkerRuntime:
                 pass
             self._look.clear()
             try:
-                await self._announce_changes()
-                await self._open_and_close()
+                await self._served.announce_changes()
+                await self._served.open_and_close()
                 now = self.info().targets
                 if now != self._told:
                     log.info("%s worker %s serves %s", self.kind.value, self.id, ", ".join(now) or "nothing at the moment")
                     await self._heartbeat()
-            except Unavailable as error:
+            except NearloopError as error:
                 log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
             self._life.events.forget_old(self._clock.now_s())
-
-    async def _announce_changes(self) -> None:
-        found = self._executor.targets()
-        merged = tuple(merge_target(self._config.target_section(target.kind, target.name), target) for target in found)
-        if merged == self._announced:
-            return
-        await self._bus.announce(merged)
-        self._announced = merged
-        for target in merged:
-            self._targets[target.name] = target
-            lanes = self._lanes.get(target.name)
-            if lanes is None:
-                self._lanes[target.name] = TargetLanes(target.slots, self._queues(target), self._begin)
-            else:
-                lanes.slots = target.slots
-
-    def _queues(self, target: Target) -> list[Queue]:
-        near = [Queue(self.region, target.kind, target.name, lane) for lane in LANES]
-        if not self._config.worker.far_regions:
-            return near
-        others = [region for region in self._config.region_names if region != self.region]
-        return near + [Queue(region, target.kind, target.name, lane, 1) for region in others for lane in LANES]
-
-    async def _open_and_close(self) -> None:
-        """Opens the queues of targets that are ready and closes those of the others."""
-        present = {target.name for target in self._announced}
-        for name, lanes in self._lanes.items():
-            if name in present and self._ready(name) and not self._draining:
-                for lane in lanes.lanes:
-                    if lane.puller is None:
-                        lane.puller = await self._bus.consume(lane.queue, partial(self._on_delivery, lanes, lane))
-                        lane.wanted = 0
-                lanes.is_open = True
-                lanes.ask()
-            elif any(lane.puller is not None for lane in lanes.lanes):
-                await self._close_queues(lanes)
-
-    async def _close_queues(self, lanes: TargetLanes) -> None:
-        """Stops pulling, and hands back what has not started."""
-        lanes.is_open = False
-        pullers = [lane.puller for lane in lanes.lanes if lane.puller is not None]
-        for lane in lanes.lanes:
-            lane.puller = None
-        await asyncio.gather(*(puller.close() for puller in pullers))
-        for held in lanes.withdraw_all():
-            del self._held[held.key]
-            self._life.hand_back(held, 0.0 if self._draining else backoff_s(held.attempt, self._random()))
-
-    # ---- signs of life -------------------------------------------------------------------------------------------------------
 
     async def _forever(self, work: Callable[[], Awaitable[None]], every_s: float) -> None:
         while True:
             await asyncio.sleep(every_s)
             try:
                 await work()
-            except Unavailable as error:
+            except NearloopError as error:
                 log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
 
     async def _heartbeat(self) -> None:
@@ -289,7 +238,7 @@ class WorkerRuntime:
             await self._heartbeat()
         except Unavailable as error:
             log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
-        await asyncio.gather(*(self._close_queues(lanes) for lanes in self._lanes.values()))
+        await self._served.close_all()
         if self._held:
             waits = [asyncio.create_task(event.wait()) for event in (self._idle, self._hurry)]
             await asyncio.wait(waits, timeout=self._config.worker.drain_s, return_when=asyncio.FIRST_COMPLETED)
@@ -317,4 +266,5 @@ class WorkerRuntime:
         except Unavailable as error:
             log.warning("%s worker %s: %s", self.kind.value, self.id, error.message)
         await self._executor.close()
-        await self._bus.close()
+        if self._bus_begun:
+            await self._bus.close()

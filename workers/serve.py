@@ -29,14 +29,9 @@ from gateway.policy import Slot
 from gateway.ports import Executor
 from gateway.serve import default_name, log_fault
 from gateway.types import Kind
-from workers.embedding import TensorEmbedder
 from workers.inner import InnerCalls
-from workers.retrieve import RetrieveExecutor
 from workers.runtime import WorkerRuntime
 from workers.stats import WorkerStats
-from workers.tools import ToolsExecutor
-from workers.tracing import TracedExecutor
-from workers.triton import TritonExecutor
 
 log = logging.getLogger("nearloop.worker")
 
@@ -62,15 +57,25 @@ class _Inner:
 
 
 def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.PluginManager, inner: Callable[[], _Inner]) -> Executor:
-    """A plugin's, else the built-in one. Raises ConfigError for a kind that nothing executes."""
+    """A plugin's, else the built-in one. Raises ConfigError for a kind that nothing executes.
+
+    Imports only what the kind needs: a tool worker has no use for a vector store's half second.
+    """
     brought: Executor | None = manager.hook.nearloop_executor(kind=kind, config=config, region=region)
     if brought is not None:
         return brought
     if kind is Kind.INFER:
+        from workers.triton import TritonExecutor
+
         return TritonExecutor(config, region)
     if kind is Kind.TOOL:
+        from workers.tools import ToolsExecutor
+
         return ToolsExecutor(config)
     if kind is Kind.RETRIEVE:
+        from workers.embedding import TensorEmbedder
+        from workers.retrieve import RetrieveExecutor
+
         calls = inner().calls
         model = next((section.embed_target for section in config.retrieve.collections), "embed")
         return calls.wrap(RetrieveExecutor(config, TensorEmbedder(lambda payload: calls.infer(model, payload))))
@@ -98,6 +103,8 @@ async def run_worker(
     executor = _build_executor(config, kind, region, manager, make_inner)
     provider = build_provider(config.telemetry, "worker", name)
     if provider is not None:
+        from workers.tracing import TracedExecutor
+
         executor = TracedExecutor(executor, provider, region, name)
     stats = WorkerStats(kind, region)
     bus = NatsWorkerBus(config, name, region, clock)

@@ -30,7 +30,9 @@ def read_worker(data: bytes) -> WorkerInfo:
     return WorkerInfo(**found | {"kind": Kind(found["kind"]), "targets": tuple(found["targets"])})
 
 
-def _known(cls: type[Target] | type[WorkerInfo], found: dict[str, Any]) -> dict[str, Any]:
+def _known(cls: type[Target] | type[WorkerInfo], found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
     return {name: value for name, value in found.items() if name in cls.__dataclass_fields__}
 
 

@@ -58,13 +58,13 @@ def lane_to_proto(lane: Lane) -> "pb.Lane.ValueType":
 # --- payloads ---
 
 
-def dump_json(value: object) -> bytes:
+def dump_json(value: object, sort_keys: bool = False) -> bytes:
     """Compact UTF-8. Raises ValueError for NaN and infinities, TypeError for what JSON does not have."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, sort_keys=sort_keys).encode()
 
 
 def value_from_proto(value: struct_pb2.Value) -> object:
-    """A JSON value; whole numbers become int, as a Struct knows only doubles. Raises ValueError for NaN and infinities."""
+    """A JSON value; whole numbers up to 2**53 become int, as a Struct knows only doubles. Raises ValueError for NaN and infinities."""
     which = value.WhichOneof("kind")
     if which == "string_value":
         return value.string_value
@@ -72,7 +72,8 @@ def value_from_proto(value: struct_pb2.Value) -> object:
         number = value.number_value
         if not math.isfinite(number):
             raise ValueError("a number is not finite")
-        return int(number) if number.is_integer() else number
+        exact = abs(number) <= 2**53 and number.is_integer() and (number or math.copysign(1, number) > 0)
+        return int(number) if exact else number
     if which == "bool_value":
         return value.bool_value
     if which == "struct_value":
@@ -113,7 +114,8 @@ def payload_from_proto(message: pb.Payload) -> Payload | None:
         content = message.content
         return Payload(content.data, content.content_type)
     if which == "json":
-        return Payload(dump_json(struct_from_proto(message.json)), JSON)
+        # Sorted: a Struct has no order, and the same one sent again must be the same job.
+        return Payload(dump_json(struct_from_proto(message.json), sort_keys=True), JSON)
     if which == "tensors":
         return Payload(message.tensors.SerializeToString(), TENSORS)
     return None

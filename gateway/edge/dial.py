@@ -23,9 +23,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # short, as a channel that waits to connect again fails calls at once
     ("grpc.max_metadata_size", 16 * 1024),
 )
+_COMING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
 class EventAnswer(Protocol):
@@ -72,26 +73,19 @@ class Gateways:
         Raises Unavailable, reason UNREACHABLE.
         """
         channel, stub = self._open(index)
-        if channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
+        state = channel.get_state(try_to_connect=True)
+        if state is grpc.ChannelConnectivity.READY:
             return stub
         try:
             async with asyncio.timeout(min(CONNECT_TIMEOUT_S, left_s)):
-                if await self._connected(channel):
-                    return stub
+                while state in _COMING:
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
         except TimeoutError:
             pass
+        if state is grpc.ChannelConnectivity.READY:
+            return stub
         raise Unavailable(f"no gateway answers at {self._addresses[index]}", reason=UNREACHABLE)
-
-    async def _connected(self, channel: grpc.aio.Channel) -> bool:
-        tried = len(self._addresses) > 1  # with one address only, a failure from before this call is no answer: wait for the next try
-        while True:
-            state = channel.get_state(try_to_connect=True)
-            if state is grpc.ChannelConnectivity.READY:
-                return True
-            if state is grpc.ChannelConnectivity.SHUTDOWN or (tried and state is grpc.ChannelConnectivity.TRANSIENT_FAILURE):
-                return False
-            tried = tried or state is grpc.ChannelConnectivity.CONNECTING
-            await channel.wait_for_state_change(state)
 
     def _open(self, index: int) -> "tuple[grpc.aio.Channel, GatewayAsyncStub]":
         if index not in self._channels:

@@ -37,6 +37,9 @@ class Ingress:
 
     async def start(self) -> int:
         """Serves, with health NOT_SERVING; returns the bound port. Raises ConfigError when the address cannot be had."""
+        port = self._listen.rpartition(":")[2]
+        if not (port.isascii() and port.isdigit() and int(port) < 65536):  # gRPC takes 99999 for 34463
+            raise ConfigError("gateway.listen", [f"{self._listen!r} is not an address: set gateway.listen to host:port"])
         server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._limit)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._servicer.handlers()),))
         generic = _GenericOnly(server)
@@ -45,14 +48,14 @@ class Ingress:
         names = (SERVICE, *(_full_name(module, name) for module, name in _STANDARD), reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), generic)
         try:
-            port = server.add_insecure_port(self._listen)
+            bound = server.add_insecure_port(self._listen)
         except RuntimeError:
-            port = 0
-        if port == 0:
+            bound = 0
+        if bound == 0:
             raise ConfigError("gateway.listen", [_why_not(self._listen)])
         await server.start()
         self._server = server
-        return port
+        return bound
 
     def set_serving(self, serving: bool) -> None:
         """What health checks say from now on."""

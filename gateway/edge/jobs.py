@@ -8,8 +8,9 @@ import secrets
 from gateway import subjects
 from gateway.clock import Clock
 from gateway.edge import codec
+from gateway.edge import headers as h
 from gateway.edge.dispatch import step_ttl_s
-from gateway.edge.jetstream import STREAM_FULL, WRONG_LAST_SEQUENCE, ApiError, JetStream, NoAnswer, until_answered
+from gateway.edge.jetstream import STREAM_FULL, WRONG_LAST_SEQUENCE, ApiError, JetStream, Message, NoAnswer, until_answered
 from gateway.errors import Rejected, Unavailable
 from gateway.types import Job
 
@@ -17,6 +18,7 @@ from gateway.types import Job
 _BATCHES_AT_ONCE = 32
 _TOO_MANY_BATCHES = frozenset({10210, 10176, 10211})  # too many in flight; its rest is then an incomplete batch
 _BUSY_TRIES = 50
+_H_CALL = "Nl-Call"  # which submit wrote a record
 
 
 class JobStore:
@@ -29,20 +31,21 @@ class JobStore:
 
     async def submit(self, job: Job) -> tuple[Job, bool]:
         """Raises Rejected (QUEUE_FULL), InvalidStep (too large), Unavailable (outcome unknown: ask again with the same id)."""
+        call = secrets.token_hex(8)
         async with self._slots:
-            return await until_answered("a job", lambda tries: self._submit(job, tries))
+            return await until_answered("a job", lambda _: self._submit(job, call))
 
-    async def _submit(self, job: Job, tries: int) -> tuple[Job, bool]:
+    async def _submit(self, job: Job, call: str) -> tuple[Job, bool]:
         for _ in range(_BUSY_TRIES):
             try:
-                await self._store(job)
+                await self._store(job, call)
                 return job, True
             except ApiError as error:
                 if error.err_code in WRONG_LAST_SEQUENCE:
-                    stored = await self.read(job.region, job.step.tenant, job.step.id)
-                    if stored is not None:
+                    found = await self._find(job.region, job.step.tenant, job.step.id)
+                    if found is not None:
                         # After an unknown outcome the record may be the one that this call wrote.
-                        return stored, tries > 0 and _same(stored, job)
+                        return _job(found), h.parse(found.headers).get(_H_CALL) == call
                 elif error.err_code == STREAM_FULL:
                     raise Rejected(
                         f"the queue of region {job.region} is full", reason="QUEUE_FULL", scope=job.region, policy="queue"
@@ -52,7 +55,7 @@ class JobStore:
             await asyncio.sleep(self._random.uniform(0.002, 0.02))
         raise NoAnswer("too many batches are open")
 
-    async def _store(self, job: Job) -> None:
+    async def _store(self, job: Job, call: str) -> None:
         """Both messages leave in one write. A new batch id each time, since a batch cannot be continued."""
         step, link, now_s = job.step, self._js.link, self._clock.wall_s()
         batch = f"Nats-Batch-Id: {secrets.token_hex(8)}\r\nNats-Batch-Sequence: "
@@ -66,9 +69,12 @@ class JobStore:
 
     async def read(self, region: str, tenant: str, job_id: str) -> Job | None:
         """From the stream's leader. Raises ApiError, NoAnswer."""
-        found = await self._js.last(subjects.steps_stream(region), subjects.job(region, tenant, job_id))
-        return None if found is None else codec.read_job(found.subject, found.headers, found.data)
+        found = await self._find(region, tenant, job_id)
+        return None if found is None else _job(found)
+
+    async def _find(self, region: str, tenant: str, job_id: str) -> Message | None:
+        return await self._js.last(subjects.steps_stream(region), subjects.job(region, tenant, job_id))
 
 
-def _same(stored: Job, job: Job) -> bool:
-    return (stored.digest, round(stored.created_s * 1000)) == (job.digest, round(job.created_s * 1000))
+def _job(found: Message) -> Job:
+    return codec.read_job(found.subject, found.headers, found.data)

@@ -179,6 +179,8 @@ class PullLoop:
 
     async def close(self) -> None:
         """Stops asking; returns when no message can come any more. What comes meanwhile still reaches on_message."""
+        if self._closed:
+            return
         self._closed = True
         if self._top_up is not None:
             self._top_up.cancel()

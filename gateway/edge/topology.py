@@ -144,7 +144,7 @@ async def _make_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
         want, have = wanted.get(field), found.get(field)
         if _differ(want, have):
             edit = (
-                f"`nats stream edit {name} {option}={_shown(field, want)}`"
+                f"`nats stream edit {name} {option}{'' if want is True else '=' + _shown(field, want)}`"
                 if option
                 else f"`nats stream rm {name}` (its messages are lost)"
             )

@@ -62,13 +62,16 @@ class RawParser(Parser):
                 continue
             words = data[position:line_end].split()
             start = line_end + 2
-            end = start + int(words[-1])
+            with_headers = operation == _H
+            try:
+                end = start + int(words[-1])
+                middle = start + int(words[-2]) if with_headers else start
+            except ValueError:
+                raise ProtocolError("nats: malformed message line") from None
             if end + 2 > size:
                 self._needed = end + 2 - position
                 break
-            with_headers = operation == _H
             reply = words[3].decode() if len(words) == (6 if with_headers else 5) else ""
-            middle = start + int(words[-2]) if with_headers else start
             position = end + 2
             stats["in_msgs"] += 1
             stats["in_bytes"] += end - middle

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write everything there, single samples included", metavar="FILE")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
-    arguments.seconds = arguments.seconds or (0.6 if arguments.quick else 3.0)
+    arguments.seconds = arguments.seconds or (0.4 if arguments.quick else 3.0)
     if unknown := set(arguments.only or ()) - set(names):
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
     arguments.only = arguments.only or names

@@ -5,7 +5,8 @@ answer and call again (a closed loop). Jobs:
 
     try      one call, whose answer must hold the expected bytes
     measure  calls for warmup_s + seconds; throughput and latencies of the calls that ended in the last `seconds`
-    hold     opens `in_flight` more calls and leaves them open
+    warm     opens connections and calls over each for warmup_s seconds
+    hold     opens `in_flight` more calls over these connections and leaves them open
     release  cancels them and says how many had ended before
 """
 
@@ -24,20 +25,24 @@ import uvloop
 CALL_TIMEOUT_S = 30.0  # for every contestant: no call may hang the run
 HOLD_TIMEOUT_S = 120.0
 HOLD_CHANNELS = 8  # servers may bound the calls of a channel
+WARM_CALLS = 8  # at once over each of these
 Call = Callable[[], Awaitable[bytes]]
 Close = Callable[[], Awaitable[None]]
 
 
-def open_channel(job: dict[str, Any], timeout_s: float) -> tuple[Call, Close]:
+def connect(job: dict[str, Any]) -> grpc.aio.Channel:
     # A pool of its own, or channels to the same address would share one connection.
-    channel = grpc.aio.insecure_channel(job["address"], options=[("grpc.use_local_subchannel_pool", 1)])
+    return grpc.aio.insecure_channel(job["address"], options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def caller(job: dict[str, Any], channel: grpc.aio.Channel, timeout_s: float) -> Call:
     call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(job["method"])
     request = base64.b64decode(job["request"])
 
     async def once() -> bytes:
         return await call(request, timeout=timeout_s)
 
-    return once, channel.close
+    return once
 
 
 def open_tritonclient(job: dict[str, Any]) -> tuple[Call, Close]:
@@ -59,7 +64,10 @@ def open_tritonclient(job: dict[str, Any]) -> tuple[Call, Close]:
 
 
 def opened(job: dict[str, Any]) -> tuple[Call, Close]:
-    return open_tritonclient(job) if job["client"] == "tritonclient" else open_channel(job, CALL_TIMEOUT_S)
+    if job["client"] == "tritonclient":
+        return open_tritonclient(job)
+    channel = connect(job)
+    return caller(job, channel, CALL_TIMEOUT_S), channel.close
 
 
 def reason(error: BaseException) -> str:
@@ -119,14 +127,26 @@ async def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class Hold:
-    """Calls that stay open."""
+    """Connections with calls that stay open."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.channels = [open_channel(job, HOLD_TIMEOUT_S) for _ in range(HOLD_CHANNELS)]
+        self.channels = [connect(job) for _ in range(HOLD_CHANNELS)]
         self.tasks: list[asyncio.Future[bytes]] = []
 
-    def add(self, calls: int) -> None:
-        self.tasks += [asyncio.ensure_future(self.channels[n % HOLD_CHANNELS][0]()) for n in range(calls)]
+    async def warm(self, job: dict[str, Any]) -> None:
+        end = perf_counter() + job["warmup_s"]
+
+        async def loop(call: Call) -> None:
+            while perf_counter() < end:
+                await call()
+
+        async with asyncio.TaskGroup() as group:
+            for channel in self.channels * WARM_CALLS:
+                group.create_task(loop(caller(job, channel, CALL_TIMEOUT_S)))
+
+    def add(self, job: dict[str, Any]) -> None:
+        calls = [caller(job, channel, HOLD_TIMEOUT_S) for channel in self.channels]
+        self.tasks += [asyncio.ensure_future(calls[n % HOLD_CHANNELS]()) for n in range(job["in_flight"])]
 
     async def release(self) -> dict[str, Any]:
         ended = [task for task in self.tasks if task.done()]
@@ -134,8 +154,8 @@ class Hold:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        for _, close in self.channels:
-            await close()
+        for channel in self.channels:
+            await channel.close()
         return {"ended_early": len(ended), "first_error": reason(errors[0]) if errors else ""}
 
 
@@ -150,9 +170,11 @@ async def main() -> None:
                     answer = await try_once(job)
                 case "measure":
                     answer = await measure(job)
-                case "hold":
-                    held = held or Hold(job)
-                    held.add(job["in_flight"])
+                case "warm":
+                    held = Hold(job)
+                    await held.warm(job)
+                case "hold" if held is not None:
+                    held.add(job)
                 case "release" if held is not None:
                     answer, held = await held.release(), None
         except Exception as error:

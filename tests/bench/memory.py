@@ -1,6 +1,7 @@
 """How much memory a step in flight costs the gateway: thousands of calls are held open, and its unique set size is read.
 
-Before that the same gateway serves a load for a while, so that what every first step allocates is not counted as a step's.
+Before that the same gateway serves a load for a while over the same connections, so that what first steps allocate is not counted
+(gRPC also learns on each connection how much a call needs; on a fresh one a call costs some 3 KB more).
 The steps are counted in the stream that carries them: a step counts when it was admitted and stored. The worker is suspended
 meanwhile. A bare grpc.aio server is read as well: what it needs for a call is the part that no gateway can save.
 """
@@ -59,7 +60,7 @@ def settled_kb(part: Part) -> float:
 def read(name: str, endpoint: Endpoint, generator: LoadGenerator, steps: int, warmup_s: float) -> Memory:
     """Raises BenchError when not all steps come to be in flight, or do not stay."""
     gateway = endpoint.parts[0]
-    generator.ask(do="measure", in_flight=64, warmup_s=0.0, seconds=warmup_s, **endpoint.job)
+    generator.ask(do="warm", warmup_s=warmup_s, **endpoint.job)
     if not endpoint.held_request:
         psutil.Process(endpoint.parts[1].process.pid).suspend()
     before_kb = settled_kb(gateway)
