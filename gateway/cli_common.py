@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,3 +55,8 @@ def run_async(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
         code = runner.run(main())
     if code:
         raise typer.Exit(code)
+
+
+def terminal_width() -> int | None:
+    """Of a table: what the terminal has; 160 columns in a pipe, where nobody can make it wider."""
+    return None if sys.stdout.isatty() else 160

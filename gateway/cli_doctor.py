@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli_common import DEFAULT_ADDRESS, Address, ConfigFile
+from gateway.cli_common import DEFAULT_ADDRESS, Address, ConfigFile, terminal_width
 from gateway.config import load
 
 
@@ -38,7 +38,7 @@ def doctor(
         for check in checks:
             todo = f"\n-> {check.todo}" if check.todo else ""
             table.add_row(f"[{colours[check.state]}]{check.state.value}[/]", check.name, (check.found + todo).replace("[", "\\["))
-        Console(soft_wrap=False).print(table, highlight=False)
+        Console(width=terminal_width()).print(table, highlight=False)
     wrong = [check.name for check in checks if check.state is State.WRONG]
     if wrong:
         typer.echo(f"nearloop: wrong: {', '.join(wrong)}", err=True)

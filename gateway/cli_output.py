@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gateway.cli_common import terminal_width
 from gateway.types import JSON, EventKind, Payload, StepEvent, TargetStatus
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def show_targets(targets: Sequence[TargetStatus], as_json: bool) -> None:
         target = status.target
         live = ", ".join(status.live_regions) or "nowhere"
         table.add_row(target.kind.value, target.name, target.home_region, live, target.description.replace("[", "\\["))
-    Console().print(table, highlight=False)
+    Console(width=terminal_width()).print(table, highlight=False)
 
 
 def _show_payload(payload: Payload) -> None:

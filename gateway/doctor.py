@@ -70,10 +70,10 @@ def find(config: Config, gateway: str, nats: str, triton: str) -> Where:
 async def examine_all(config: Config, where: Where) -> list[Check]:
     """Every check, those of this machine first."""
     remote: Sequence[Awaitable[list[Check]]] = (_gateway(where), _nats(config, where), _triton(where))
-    return [*check_machine(config, bool(where.triton)), *(check for checks in await asyncio.gather(*remote) for check in checks)]
+    return [*check_machine(bool(where.triton)), *(check for checks in await asyncio.gather(*remote) for check in checks)]
 
 
-def check_machine(config: Config, has_triton: bool) -> list[Check]:
+def check_machine(has_triton: bool) -> list[Check]:
     """This installation and this machine. has_triton: one is used by address, so none needs to be installed."""
     return [_python(), _packages(), _nats_server(), _triton_wheel(has_triton), _shared_memory(), _clock()]
 

@@ -9,9 +9,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from gateway.clock import Clock
 from gateway.config import Config
@@ -32,15 +33,16 @@ log = logging.getLogger(__name__)
 ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Passage:
-    """A step on its way: what it holds and how far it is."""
+    """A step on its way: what it holds and how far it is. Leaving the `with` block ends its permits, span and lifecycle."""
 
     step: Step
     flow: Flow
     arrived_s: float
+    span: object
+    end: Callable[["Passage", BaseException | None], None]
     state: State = State.RECEIVED
-    span: object = None
     reserved: Reservations | None = None
     gate: Gate | None = None
     inflight: int = 0
@@ -53,6 +55,12 @@ class Passage:
     def stored(self, now_s: float) -> None:
         self.dispatched_s = now_s
         self.advance(Event.STORE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(self, error)
 
 
 class Kernel:
@@ -93,11 +101,13 @@ class Kernel:
     async def execute(self, step: Step) -> Completed:
         if step.idempotency_key:
             return await self._execute_durably(step)
-        async with self._pass(step) as passage:
+        with self._begin(step) as passage:
+            await self._admit(passage)
             return self._completed(passage, await self._dispatch(passage))
 
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
-        async with self._pass(step) as passage:
+        with self._begin(step) as passage:
+            await self._admit(passage)
             step, region = passage.step, ""
             if step.idempotency_key:
                 job, _ = await self._jobs.store(step)
@@ -121,7 +131,8 @@ class Kernel:
                     raise
 
     async def _execute_durably(self, step: Step) -> Completed:
-        async with self._pass(step) as passage:
+        with self._begin(step) as passage:
+            await self._admit(passage)
             job, _ = await self._jobs.store(passage.step)
             passage.stored(self._clock.now_s())
             feed = self._jobs.feed(job)
@@ -134,22 +145,12 @@ class Kernel:
                 pass
             raise Expired(f"the deadline passed; the step goes on as job {job.step.id}", scope=passage.flow.scope)
 
-    @asynccontextmanager
-    async def _pass(self, step: Step) -> AsyncGenerator[Passage, None]:
-        """Admits a step, and ends its permits, its span and its lifecycle whatever happens to it."""
+    def _begin(self, step: Step) -> Passage:
         flow = self._classify(step)
         step, span = self._tracer.start(step, flow)
-        passage = Passage(step, flow, self._clock.now_s(), span=span)
-        error: BaseException | None = None
-        try:
-            passage.advance(Event.CLASSIFY)
-            await self._admit(passage)
-            yield passage
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._end(passage, error)
+        passage = Passage(step, flow, self._clock.now_s(), span, self._end)
+        passage.advance(Event.CLASSIFY)
+        return passage
 
     async def _admit(self, passage: Passage) -> None:
         flow, now_s = passage.flow, passage.arrived_s
@@ -199,14 +200,14 @@ class Kernel:
         step, region = passage.step, self._route(passage)
         waiting = self._bus.execute(step, region)
         passage.stored(self._clock.now_s())
+        timer = asyncio.get_running_loop().call_later(self._remaining_s(passage.flow), _expire, waiting, passage.flow.scope)
         try:
-            async with asyncio.timeout(self._remaining_s(passage.flow)):
-                return await waiting
-        except TimeoutError:
-            raise Expired("the deadline passed before the step was done", scope=passage.flow.scope) from None
+            return await waiting
         except asyncio.CancelledError:
             self._spawn(self._bus.withdraw(step, region))
             raise
+        finally:
+            timer.cancel()
 
     def _completed(self, passage: Passage, result: StepResult) -> Completed:
         """Raises the error that the result stands for, unless it is done."""
@@ -363,6 +364,11 @@ _ENDING_EVENTS: dict[type[BaseException], Event] = {
     asyncio.CancelledError: Event.CANCEL,
     GeneratorExit: Event.CANCEL,
 }
+
+
+def _expire(waiting: "asyncio.Future[StepResult]", scope: str) -> None:
+    if not waiting.done():
+        waiting.set_exception(Expired("the deadline passed before the step was done", scope=scope))
 
 
 async def _quietly(work: Coroutine[Any, Any, None]) -> None:

@@ -17,6 +17,7 @@ from gateway.config import Config
 from gateway.guard import Guard
 from gateway.supervised import Supervised
 from gateway.supervisor import Part, PartFailed, Supervisor, interrupts
+from gateway.types import Kind
 
 __all__ = ["Ports", "Stack", "default_workers", "interrupts"]
 
@@ -35,9 +36,9 @@ class Ports:
 class Stack:
     """`async with Stack(config) as stack:` is ready inside and leaves nothing behind after it.
 
-    workers are (kind, region) pairs; None means one for each kind that the configuration gives something to do, in each region
-    (infer in triton.region only). Servers whose urls the configuration names are used, not started. extra parts without `after` start
-    first, others last. Without a state_dir everything is kept in a temporary directory, which is removed at the end.
+    workers are (kind, region) pairs; None means default_workers(config, triton). Servers whose urls the configuration names are used,
+    not started. extra parts without `after` start first, others last. Without a state_dir everything is kept in a temporary
+    directory, which is removed at the end. on_line gets one line of text for everything that a person should see.
     Entering raises PartFailed, PortInUse.
     """
 
@@ -236,11 +237,16 @@ class Stack:
 
 
 def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
-    """One worker for each kind that has something to serve, as (kind, region)."""
+    """One worker for each kind that has something to serve in each region, as (kind, region).
+
+    Models are served in triton.region. A vector store that is embedded in its worker has exactly one worker, since two would not see
+    each other's points: in the home region of its first collection.
+    """
     workers = [("infer", config.triton.region)] if triton else []
-    for region in config.region_names:
-        if config.tools.modules or config.tools.http:
-            workers.append(("tool", region))
-        if config.retrieve.collections:
-            workers.append(("retrieve", region))
+    if config.tools.modules or config.tools.http:
+        workers += [("tool", region) for region in config.region_names]
+    if config.retrieve.collections:
+        first = config.target_section(Kind.RETRIEVE, config.retrieve.collections[0].name)
+        home = first.home_region if first else config.region_names[0]
+        workers += [("retrieve", region) for region in (config.region_names if config.retrieve.url else (home,))]
     return workers

@@ -115,7 +115,9 @@ def key() -> str:
 
 async def wait_started(client: NearloopClient, job_id: str) -> None:
     async with aclosing(client.watch(job_id, timeout_s=20)) as items:
-        assert (await anext(items)).kind is EventKind.STARTED
+        first = await anext(items)
+        assert isinstance(first, StepEvent)
+        assert first.kind is EventKind.STARTED
 
 
 class TestExecute:
@@ -216,7 +218,7 @@ class TestDeadlines:
             assert (await world.client.get_job(job.id)).state is JobState.EXPIRED
 
 
-class at_rest:  # noqa: N801
+class at_rest:
     """Triton has ended every request for the model that was made inside, long before the time that was asked for."""
 
     def __init__(self, world: World, model: str) -> None:
@@ -328,7 +330,7 @@ class TestJobs:
         await eventually(drains, bool, 10, "the worker drains")
         world.service.may_answer.set()
         results = [[item async for item in world.client.watch(job.id, timeout_s=30)][-1] for job in jobs]
-        assert [result.json["noted"] for result in results if isinstance(result, ClientResult)] == names
+        assert [result.json for result in results if isinstance(result, ClientResult)] == [{"noted": name} for name in names]
         assert part.restarts == restarts + 1
         # What ran was finished and what waited was handed back: nothing had to be executed again.
         assert Counter(headers["idempotency-key"] for headers in world.service.headers) == dict.fromkeys(names, 1)

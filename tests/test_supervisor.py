@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -252,10 +253,12 @@ def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     argv = [sys.executable, "-P", "-c", OWNER, str(tmp_path), CHILD]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        child, grandchild, guard = (psutil.Process(int(pid)) for pid in owner.stdout.readline().split())
+        child, grandchild, guard = (int(pid) for pid in owner.stdout.readline().split())
+        guard_fd = os.pidfd_open(guard)
         owner.kill()
-    psutil.wait_procs([guard, child, grandchild], timeout=30)
-    assert not any(alive(process.pid) for process in (guard, child, grandchild))
+    select.select([guard_fd], [], [], 30)  # readable when the guard has done its work and ended
+    os.close(guard_fd)
+    assert not any(alive(pid) for pid in (guard, child, grandchild))
     assert not (tmp_path / "state").exists()
 
 

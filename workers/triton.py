@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from workers.triton_codec import decode, encode, join
 log = logging.getLogger("nearloop.worker.triton")
 
 REFRESH_S = 1.0
+LOOK_WITHIN_S = 0.2  # at most so long after a step that failed; all that fail meanwhile cause one look
 MOST_MESSAGE = 256  # characters of Triton's own text in an error
 # With it Triton ends a failed stream with a gRPC status instead of a bare text.
 _STREAM_STATUS = ("triton_grpc_error", "true")
@@ -60,6 +61,7 @@ class TritonExecutor:
         self._served: dict[str, Served] = {}
         self._announced: dict[str, Target] = {}  # a model that is gone stays a target: its steps wait in their queue
         self._up = False
+        self._look = asyncio.Event()
         self._refresher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -145,8 +147,7 @@ class TritonExecutor:
     def _translate(self, error: grpc.aio.AioRpcError, model: str) -> NearloopError:
         code, details = error.code(), error.details() or ""
         if code in _BUSY_OR_GONE:
-            if code is grpc.StatusCode.UNAVAILABLE and not details.startswith("Request for"):
-                self._up = False  # until the next look says otherwise
+            self._look.set()  # is it the server, the model, or only its queue?
             return Unavailable(f"Triton at {self._address} cannot take work for model {model} now ({code.name})")
         if code is grpc.StatusCode.INTERNAL and "Stub process" in details:  # the Python backend's process died
             return Unavailable(f"model {model} lost its process in Triton at {self._address}")
@@ -178,7 +179,11 @@ class TritonExecutor:
     async def _keep_fresh(self) -> None:
         was_up = True
         while True:
-            await asyncio.sleep(REFRESH_S * (0.75 + self._random() / 2))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFRESH_S * (0.75 + self._random() / 2)):
+                    await self._look.wait()
+                    await asyncio.sleep(LOOK_WITHIN_S * self._random())
+            self._look.clear()
             try:
                 await self._refresh()
             except Unavailable as error:

@@ -16,6 +16,10 @@ H_EXPECTED_SUBJECT_SEQUENCE = "Nats-Expected-Last-Subject-Sequence"
 
 MAX_MESSAGE_CHARACTERS = 4096
 
+# Looking up a member is several times faster than calling the enumeration.
+_KINDS, _LANES = {kind.value: kind for kind in Kind}, {lane.value: lane for lane in Lane}
+_STATUSES = {status.value: status for status in Status}
+
 
 def _step_fields(step: Step) -> str:
     fields = [
@@ -51,11 +55,11 @@ def _step(step_id: str, kind: str, target: str, lane: str, found: Mapping[str, s
     return Step(
         id=step_id,
         tenant=found[s.H_TENANT],
-        kind=Kind(kind),
+        kind=_KINDS[kind],
         target=target,
         input=Payload(body, unescape(found[s.H_CONTENT_TYPE])),
         deadline_s=int(found[s.H_DEADLINE]) / 1000,
-        lane=Lane(lane),
+        lane=_LANES[lane],
         run=unescape(found.get(s.H_RUN, "")),
         idempotency_key=unescape(found.get(s.H_KEY, "")),
         client_region=unescape(found.get(s.H_CLIENT_REGION, "")),
@@ -108,7 +112,7 @@ def read_result(subject: str, raw: bytes, body: bytes) -> StepResult:
     return StepResult(
         step_id=subject.rpartition(".")[2],
         tenant=found[s.H_TENANT],
-        status=Status(found[s.H_STATUS]),
+        status=_STATUSES[found[s.H_STATUS]],
         output=Payload(body, unescape(found[s.H_CONTENT_TYPE])),
         attempt=int(found[s.H_ATTEMPT]),
         region=found.get(s.H_REGION, ""),

@@ -1,6 +1,6 @@
 """A step held by this worker, with what the acknowledgement subject tells about it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gateway import subjects
 from gateway.edge import codec
@@ -12,8 +12,7 @@ from gateway.types import Step
 _NANO = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class AckInfo:
+class AckInfo(NamedTuple):
     """Parts of `$JS.ACK...`. stored_ns: when the message was stored, nanoseconds since 1970."""
 
     delivered: int
@@ -30,8 +29,7 @@ def read_ack(subject: str) -> AckInfo:
     if words[:2] != ["$JS", "ACK"] or (len(words) != 9 and len(words) < 11):
         raise ValueError(f"{subject!r} is not an acknowledgement subject")
     first = 4 if len(words) == 9 else 6
-    delivered, sequence, _, stored_ns, pending = (int(word) for word in words[first : first + 5])
-    return AckInfo(delivered, sequence, stored_ns, pending)
+    return AckInfo(int(words[first]), int(words[first + 1]), int(words[first + 3]), int(words[first + 4]))
 
 
 class NatsDelivery:

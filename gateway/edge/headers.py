@@ -31,8 +31,14 @@ def block(fields: str) -> bytes:
 
 def parse(raw: bytes) -> dict[str, str]:
     """Names and values; the status line is left out. Values stay escaped."""
+    lines = raw.decode("utf-8", "replace").split("\r\n")
+    try:
+        # What Nearloop and the server write; the last two lines are empty.
+        return dict([line.split(": ", 1) for line in lines[1:-2]])
+    except ValueError:
+        pass
     found = {}
-    for line in raw.decode("utf-8", "replace").split("\r\n")[1:]:
+    for line in lines[1:]:
         name, _, value = line.partition(":")
         if name:
             found[name] = value.strip(" ")

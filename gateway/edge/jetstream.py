@@ -19,6 +19,7 @@ NOT_FOUND_CONSUMER = 10014
 STREAM_FULL = 10077
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 _TRIES = 4
+_LIMIT_CHECK_S = 0.1
 
 T = TypeVar("T")
 
@@ -57,7 +58,9 @@ class JetStream:
         self.link, self._timeout_s = link, publish_timeout_s
         self._inbox = f"_INBOX.{secrets.token_hex(8)}"
         self._numbers = itertools.count(1)
-        self._waiting: dict[str, asyncio.Future[Message]] = {}
+        # One timer looks after the time limits of all: a timer for each request would be a third of its cost.
+        self._waiting: dict[str, tuple[asyncio.Future[Message], float]] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._collecting: dict[str, asyncio.Queue[Message]] = {}
         link.subscribe(f"{self._inbox}.*", self._on_reply)
         link.on_reconnect.append(self._forget_waiting)
@@ -66,33 +69,44 @@ class JetStream:
         token = subject.rpartition(".")[2]
         waiting = self._waiting.pop(token, None)
         if waiting is not None:
-            if not waiting.done():
-                waiting.set_result(Message(subject, headers, data))
+            if not waiting[0].done():
+                waiting[0].set_result(Message(subject, headers, data))
         elif (queue := self._collecting.get(token)) is not None:
             queue.put_nowait(Message(subject, headers, data))
 
     def _forget_waiting(self) -> None:
         """Their answers went to the lost connection."""
         waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
+        for future, _ in waiting.values():
             if not future.done():
                 future.set_exception(NoAnswer("the connection was lost"))
+
+    def _give_up_late(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        for token in [token for token, (_, limit_s) in self._waiting.items() if limit_s <= now_s]:
+            future, _ = self._waiting.pop(token)
+            if not future.done():
+                future.set_exception(NoAnswer("no answer in time"))
+        if self._waiting:
+            self._timer = loop.call_later(_LIMIT_CHECK_S, self._give_up_late)
 
     async def request(self, subject: str, payload: bytes = b"", headers: bytes = b"", timeout_s: float | None = None) -> Message:
         """One request, one answer. Raises NoAnswer, InvalidStep (too large)."""
         token = str(next(self._numbers))
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = future
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Message] = loop.create_future()
+        self._waiting[token] = (future, loop.time() + (timeout_s or self._timeout_s))
+        if self._timer is None:
+            self._timer = loop.call_later(_LIMIT_CHECK_S, self._give_up_late)
         try:
             if not self.link.send(subject, payload, headers, f"{self._inbox}.{token}"):
                 raise NoAnswer("the send buffer is full")
-            async with asyncio.timeout(timeout_s or self._timeout_s):
-                answer = await future
-        except TimeoutError:
-            raise NoAnswer("no answer in time") from None
+            answer = await future
         finally:
             self._waiting.pop(token, None)
-        if h.status(answer.headers)[0] == 503:
+        if answer.headers and h.status(answer.headers)[0] == 503:
             raise NoAnswer("nobody listens")
         return answer
 

@@ -1,7 +1,8 @@
 """The NATS micro protocol, so that `nats service ls`, `info` and `stats` show gateways and workers.
 
-Steps do not come in as micro requests but through JetStream, so nats-py's own service, which counts requests to its subjects, cannot count
-them: this answers the protocol's three questions from the process's counters. https://github.com/nats-io/nats-architecture-and-design ADR-32
+Steps do not come in as micro requests but through JetStream, so nats-py's own service, which counts requests to its subjects,
+cannot count them: this answers the protocol's three questions from the process's counters.
+https://github.com/nats-io/nats-architecture-and-design ADR-32
 """
 
 import json

@@ -1,0 +1,289 @@
+"""The real NATS CLI beside a running stack: what an operator sees, and that every command of config/README.md runs."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp.web
+import pytest
+import pytest_asyncio
+from stack_support import Broker, eventually, running
+
+from gateway import addresses, config
+from gateway.client import ClientResult, NearloopClient
+from gateway.edge import probes
+from gateway.parts import find_nats_server
+from gateway.types import JobState
+from gateway.up import Stack
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "config/README.md").read_text()
+HINT = "install it with `go install github.com/nats-io/natscli/nats@v0.5.1`, or name it in NATS_CLI"
+
+
+def find_cli() -> str | None:
+    """NATS_CLI, .tools/nats as CI installs it, or one on the path."""
+    named = os.environ.get("NATS_CLI")
+    local = ROOT / ".tools/nats"
+    return named or (str(local) if os.access(local, os.X_OK) else shutil.which("nats"))
+
+
+CLI = find_cli()
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(CLI is None, reason=f"the NATS CLI is not here: {HINT}"),
+]
+
+CONFIG = """
+[gateway]
+listen = "127.0.0.1:0"
+
+[auth]
+anonymous_tenant = "local"
+
+[nats]
+ack_wait_s = 2.0
+
+[worker]
+heartbeat_s = 0.5
+
+[tools]
+modules = ["workers.builtin_tools"]
+egress_allow = ["127.0.0.0/8"]
+
+[[tools.http]]
+name = "charge"
+method = "POST"
+url = "SHOP/charges"
+
+[[targets]]
+kind = "tool"
+name = "charge"
+max_deliver = 2
+
+# Nobody serves it: its steps stay queued.
+[[targets]]
+kind = "tool"
+name = "report"
+"""
+
+
+@dataclass
+class Desk:
+    """An operator's desk: a stack, and the CLI pointed at its server. The shop that `charge` calls is closed at first."""
+
+    stack: Stack
+    client: NearloopClient
+    broker: Broker
+    home: Path
+    shop_port: int
+
+    async def nats(self, *arguments: str) -> str:
+        """What the CLI prints."""
+        assert CLI is not None
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "NATS_URL": self.stack.nats_url, "NO_COLOR": "1"}
+        process = await asyncio.create_subprocess_exec(
+            CLI,
+            *arguments,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            output, _ = await asyncio.wait_for(process.communicate(), 20)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        text = output.decode()
+        assert process.returncode == 0, f"nats {shlex.join(arguments)}: exit code {process.returncode}\n{text}"
+        return text
+
+    async def stats(self, service: str) -> dict[str, int]:
+        """Requests by endpoint, all instances together."""
+        found: dict[str, int] = {}
+        for instance in json.loads(await self.nats("service", "stats", service, "--json")):
+            for endpoint in instance["endpoints"]:
+                found[endpoint["name"]] = found.get(endpoint["name"], 0) + endpoint["num_requests"]
+        return found
+
+    async def watched(self, *arguments: str) -> str:
+        """What a `nats sub` prints while a step passes by."""
+        listening = asyncio.create_task(self.nats(*arguments))
+        while not listening.done():
+            await self.client.execute("tool", "echo", {"hello": "world"}, run="agent-1", timeout_s=10)
+        return await listening
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def desk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
+    port = addresses.free_port()
+    parsed = config.loads(CONFIG.replace("SHOP", f"http://127.0.0.1:{port}"), "cli")
+    async with (
+        running(parsed, triton=False) as stack,
+        NearloopClient(stack.gateway_address) as client,
+        Broker(stack.nats_url) as broker,
+    ):
+        yield Desk(stack, client, broker, tmp_path_factory.mktemp("home"), port)
+
+
+async def test_streams_are_listed(desk: Desk) -> None:
+    listed = await desk.nats("stream", "ls")
+    for name in ("NL_STEPS_HOME", "NL_RESULTS", "NL_DEAD"):
+        assert name in listed
+
+
+async def test_a_queued_step_is_readable(desk: Desk) -> None:
+    job = await desk.client.submit("tool", "report", {"month": "2025-01"}, idempotency_key="report-1", run="books", timeout_s=600)
+    subject = f"nl.step.home.tool.report.standard.{job.id}"
+    assert subject in await desk.nats("stream", "subjects", "NL_STEPS_HOME", "nl.step.>")
+    shown = await desk.nats("stream", "get", "NL_STEPS_HOME", "--last-for", "nl.step.home.tool.report.>")
+    assert subject in shown
+    for header in ("Nl-Tenant: local", "Nl-Run: books", "Nl-Idempotency-Key: report-1", "Nl-Content-Type: application/json"):
+        assert header in shown
+    assert '{"month":"2025-01"}' in shown
+    deadline = re.search(r"Nl-Deadline-Ms: (\d+)", shown)
+    assert deadline
+    assert 0 < int(deadline.group(1)) / 1000 - time.time() <= 600
+
+
+async def test_a_step_passes_by(desk: Desk) -> None:
+    seen = await desk.watched("sub", "nl.step.>", "--count", "1")
+    assert 'Received on "nl.step.home.tool.echo.standard.' in seen
+    assert "Nl-Run: agent-1" in seen
+    assert "Nl-Reply: nl.reply." in seen
+    assert '{"hello":"world"}' in seen
+
+
+async def test_consumers_are_reported(desk: Desk) -> None:
+    for command in ("report", "ls"):
+        shown = await desk.nats("consumer", command, "NL_STEPS_HOME")
+        assert {"tool-echo-interactive", "tool-echo-standard", "tool-echo-batch"} <= set(re.findall(r"tool-\w+-\w+", shown))
+    info = await desk.nats("consumer", "info", "NL_STEPS_HOME", "tool-echo-standard")
+    assert "Filter Subject: nl.step.home.tool.echo.standard.*" in info
+    assert "Priority Policy: Prioritized" in info
+
+
+async def test_services_are_shown_with_counters_that_grow(desk: Desk) -> None:
+    listed = await desk.nats("service", "ls")
+    for name in ("nearloop-gateway", "nearloop-tool"):
+        assert name in listed
+    info = await desk.nats("service", "info", "nearloop-tool")
+    assert "Subject: nl.step.home.tool.echo.>" in info
+    assert "region: home" in info
+    before = await desk.stats("nearloop-tool"), await desk.stats("nearloop-gateway")
+    for _ in range(5):
+        await desk.client.execute("tool", "echo", {"n": 1}, timeout_s=10)
+    after = await desk.stats("nearloop-tool"), await desk.stats("nearloop-gateway")
+    assert after[0]["echo"] == before[0]["echo"] + 5
+    assert after[1]["steps"] == before[1]["steps"] + 5
+
+
+async def test_buckets_are_readable(desk: Desk) -> None:
+    listed = await desk.nats("kv", "ls")
+    assert "nl-targets" in listed
+    assert "nl-workers" in listed
+    assert "tool.echo" in await desk.nats("kv", "get", "nl-targets", "tool.echo")
+    target = json.loads(await desk.nats("kv", "get", "nl-targets", "tool.echo", "--raw"))
+    assert (target["kind"], target["name"], target["home_region"]) == ("tool", "echo", "home")
+    (worker,) = (await desk.nats("kv", "ls", "nl-workers")).split()
+    assert worker.startswith("home.tool-")
+
+
+def guide_commands() -> list[str]:
+    """The `nats` lines of the guide's code blocks, in order; a line that ends with a backslash goes on."""
+    blocks = re.findall(r"^```console\n(.*?)^```", GUIDE, re.S | re.M)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ nats ")]
+
+
+async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
+    commands = guide_commands()
+    assert len(commands) >= 20
+    await desk.client.execute("tool", "echo", {"hello": "world"}, timeout_s=10)
+    await desk.client.submit("tool", "report", {"month": "2025-01"}, idempotency_key="report-2")
+    job = await desk.client.submit("tool", "charge", {"order": 7}, idempotency_key="order-7")
+    await eventually(lambda: desk.client.get_job(job.id), lambda found: found.state is JobState.DEAD, 30, "a dead letter")
+    (worker,) = (await desk.nats("kv", "ls", "nl-workers")).split()
+    deadline_ms = str(round((time.time() + 600) * 1000))
+    async with shop(desk.shop_port):
+        for command in commands:
+            filled = command.replace("JOB_ID", job.id).replace("DEADLINE_MS", deadline_ms).replace("REGION.WORKER", worker)
+            arguments = shlex.split(filled)[1:]
+            await (desk.watched if "--count" in arguments else desk.nats)(*arguments)
+        # Among them were those that replay a dead letter.
+        found = await eventually(lambda: desk.client.get_job(job.id), lambda found: found.state is JobState.DONE, 20, "the replayed job")
+    assert found.result is not None
+    assert found.result.json == {"paid": 7}
+    assert (await desk.broker.state("NL_DEAD"))[0][0] == 0
+
+
+class shop:
+    """The service behind `charge`, open at last."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def __aenter__(self) -> None:
+        app = aiohttp.web.Application()
+        app.router.add_post("/charges", self._post)
+        self._runner = aiohttp.web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        await self._runner.setup()
+        await aiohttp.web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _post(self, request: aiohttp.web.Request) -> aiohttp.web.Response:
+        return aiohttp.web.json_response({"paid": (await request.json())["order"]})
+
+
+def guide_block(language: str) -> str:
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.S | re.M)
+    return str(block)
+
+
+async def test_the_permissions_of_the_guide_are_enough(tmp_path: Path) -> None:
+    port = addresses.free_port()
+    common = f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{tmp_path}/store" }}\nfeature_flags {{ js_ack_fc_v2: false }}\n'
+    (tmp_path / "nats.conf").write_text(common + guide_block("conf"))
+    log = tmp_path / "nats.log"
+    with log.open("wb") as output:
+        server = await asyncio.create_subprocess_exec(
+            find_nats_server(), "-c", str(tmp_path / "nats.conf"), stdin=DEVNULL, stdout=output, stderr=output
+        )
+    try:
+
+        async def ready() -> bool:
+            try:
+                return await probes.nats_ready(f"nats://127.0.0.1:{port}")
+            except OSError:
+                return False
+
+        await eventually(ready, bool, 10, "nats-server")
+        url = f"nats://nearloop:secret@127.0.0.1:{port}"
+        parsed = config.loads(CONFIG.replace("SHOP", "http://127.0.0.1:9").replace("[nats]", f'[nats]\nurls = ["{url}"]'), "external")
+        async with running(parsed, triton=False) as stack, NearloopClient(stack.gateway_address) as client:
+            assert (await client.execute("tool", "echo", {"n": 1}, timeout_s=10)).json == {"n": 1}
+            job = await client.submit("tool", "echo", {"n": 2}, idempotency_key="external")
+            assert isinstance([item async for item in client.watch(job.id, timeout_s=10)][-1], ClientResult)
+            queued = await client.submit("tool", "report", {"n": 3}, idempotency_key="external")
+            assert (await client.cancel(queued.id)).state is JobState.CANCELLED
+        assert "Permissions Violation" not in log.read_text()
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def test_the_settings_of_the_guide_are_valid() -> None:
+    assert config.loads(guide_block("toml"), "guide").nats.replicas == 3
