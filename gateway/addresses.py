@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 15_000
@@ -21,6 +22,12 @@ def split(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError(f"{address!r} is not an address: say HOST:PORT, for example 127.0.0.1:50051")
     return host.strip("[]"), int(port)
+
+
+def shown_url(url: str) -> str:
+    """Without user and password, which never reach a log."""
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:

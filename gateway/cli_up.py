@@ -53,7 +53,7 @@ async def stay_up(config: Config, state_dir: Path | None, triton: bool, gateways
         entering.result()
         try:
             on_line(
-                f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {stack.nats_url}, "
+                f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {addresses.shown_url(stack.nats_url)}, "
                 f"triton {stack.triton_url or 'none'}, state in {stack.state_dir}; Ctrl-C stops"
             )
             await asked

@@ -143,7 +143,7 @@ class ToolsSection(Section):
     modules: tuple[str, ...] = ()
     http: tuple[HttpToolSection, ...] = ()
     egress_allow: tuple[str, ...] = ()  # host names, `*.example.com`, or networks such as 127.0.0.0/8
-    slots: PositiveInt = 32
+    slots: PositiveInt = 128
 
 
 class CollectionSection(Section):

@@ -7,8 +7,8 @@ import sys
 import sysconfig
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from gateway.addresses import shown_url as shown_url
 from gateway.edge import probes
 from gateway.supervisor import Part, PartFailed
 
@@ -170,9 +170,3 @@ async def check_existing_triton(address: str) -> None:
     except Exception as error:
         problem = f"does not answer ({type(error).__name__}): correct --triton (its gRPC port), or leave it out to start one here"
     raise PartFailed(f"Triton at {address} {problem}")
-
-
-def shown_url(url: str) -> str:
-    """Without user and password, which never reach a log."""
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"

@@ -204,6 +204,5 @@ class Case:
         """Every key had its effect; a key that was seen twice is a step that was executed again, which is allowed."""
         calls = await self.calls()
         assert set(calls) == set(self.keys)
-        log.warning(
-            "%s: %d calls for %d keys, %d more than once", self.tenant, calls.total(), len(calls), sum(n > 1 for n in calls.values())
-        )
+        repeated = sum(count > 1 for count in calls.values())
+        log.warning("%s: %d calls for %d keys, %d of them repeated", self.tenant, calls.total(), len(calls), repeated)

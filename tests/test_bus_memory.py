@@ -3,7 +3,9 @@
 import secrets
 
 import pytest
-from bus_contract import BusContract, LiveContract, QueueContract
+from bus_contract import BusContract
+from bus_contract_live import LiveContract
+from bus_contract_queues import QueueContract
 from bus_rig import DeadEntry, MakeRig, make_result, make_step, pull
 
 from gateway import config

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from bus_contract import BusContract, LiveContract, QueueContract
+from bus_contract import BusContract
+from bus_contract_live import LiveContract
+from bus_contract_queues import QueueContract
 from bus_rig import DeadEntry, MakeRig, done, eventually, eventually_true, finish, make_result, make_step, pull
 from nats_process import NatsProcess, free_port
 
@@ -150,12 +152,19 @@ class TestNatsBus(BusContract, QueueContract, LiveContract):
         assert gateway.connected
 
 
+@pytest.fixture
+async def crash_rig(own_nats_server: NatsProcess) -> AsyncIterator[NatsRig]:
+    rig = NatsRig(own_nats_server.url, publish_timeout_s=2.0)
+    await rig.link.start(10.0)
+    yield rig
+    await rig.close()
+
+
 class TestServerCrash:
     """The server is killed and started again, on the same store."""
 
-    async def test_every_step_ends_once(self, own_nats_server: NatsProcess) -> None:
-        rig = NatsRig(own_nats_server.url, publish_timeout_s=2.0)
-        await rig.link.start(10.0)
+    async def test_every_step_ends_once(self, crash_rig: NatsRig, own_nats_server: NatsProcess) -> None:
+        rig = crash_rig
         gateway, worker = await rig.gateway(), await rig.worker()
         executed: list[str] = []
         committed: list[str] = []
@@ -188,11 +197,9 @@ class TestServerCrash:
         info = await rig.js.api(f"STREAM.INFO.{subjects.RESULTS_STREAM}", {"subjects_filter": f"nl.result.{rig.tenant}.*"})
         assert info["state"]["subjects"] == {subjects.result(step.tenant, step.id): 1 for step in steps}
         await eventually_true(lambda: _empty(rig))
-        await rig.close()
 
-    async def test_a_job_is_the_same_after_a_restart(self, own_nats_server: NatsProcess) -> None:
-        rig = NatsRig(own_nats_server.url)
-        await rig.link.start(10.0)
+    async def test_a_job_is_the_same_after_a_restart(self, crash_rig: NatsRig, own_nats_server: NatsProcess) -> None:
+        rig = crash_rig
         gateway, worker = await rig.gateway(), await rig.worker()
         job = Job(make_step(rig, id=f"{rig.region}-1"), rig.region, 1_700_000_000.5, "digest")
         assert await gateway.submit(job) == (job, True)
@@ -204,7 +211,6 @@ class TestServerCrash:
         assert await gateway.submit(job) == (job, False)
         assert await (await rig.gateway("g2")).submit(job) == (job, False)
         assert not await gateway.is_queued(job.step, rig.region)
-        await rig.close()
 
 
 async def _empty(rig: NatsRig) -> bool:

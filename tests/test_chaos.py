@@ -20,7 +20,11 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worl
 
 async def kill(shared: World, name: str) -> None:
     await asyncio.wait_for(shared.stack.wait_ready(name), 30)
+    part = shared.stack.part(name)
+    pid = part.pid
+    assert pid
     await shared.stack.kill(name)
+    assert part.pid != pid
 
 
 async def test_workers_are_killed_in_mid_step(shared: World) -> None:
@@ -52,10 +56,13 @@ async def test_a_gateway_is_killed_and_another_one_asked(shared: World) -> None:
     assert len(set(again.ids.values())) == JOBS
     assert before.ids.items() <= again.ids.items()  # the same key is the same job
     assert not again.created & before.ids.keys()
-    jobs = await case.until_ended([other], list(again.ids.values()))
+    # Now the other one goes, while every job is watched through it: the watches go on at the first, which is back.
+    watching = asyncio.create_task(case.until_ended([other, first], list(again.ids.values())))
+    await case.until_results(JOBS * 2 // 3)
+    await kill(shared, "gateway-2")
+    jobs = await watching
     await case.check_each_ended_once(jobs)
     await case.check_ledger()
-    await asyncio.wait_for(shared.stack.wait_ready("gateway"), 30)
     async with case.client([first]) as client:
         assert (await client.get_job(jobs[0].id)).result == jobs[0].result
         with pytest.raises(NotFound):

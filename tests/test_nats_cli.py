@@ -19,7 +19,10 @@ from stack_support import Broker, eventually, running
 
 from gateway import addresses, config
 from gateway.client import ClientResult, NearloopClient
+from gateway.config import NatsSection
 from gateway.edge import probes
+from gateway.edge.link import Link
+from gateway.errors import Unavailable
 from gateway.parts import find_nats_server
 from gateway.types import JobState
 from gateway.up import Stack
@@ -279,10 +282,19 @@ async def test_the_permissions_of_the_guide_are_enough(tmp_path: Path) -> None:
             assert isinstance([item async for item in client.watch(job.id, timeout_s=10)][-1], ClientResult)
             queued = await client.submit("tool", "report", {"n": 3}, idempotency_key="external")
             assert (await client.cancel(queued.id)).state is JobState.CANCELLED
+            assert not any("secret" in stack.part(name).log.tail() for name in stack.part_names)
         assert "Permissions Violation" not in log.read_text()
     finally:
         server.terminate()
         await server.wait()
+
+
+async def test_a_password_is_not_told_when_no_server_answers() -> None:
+    link = Link(NatsSection(), (f"nats://nearloop:secret@127.0.0.1:{addresses.free_port()}",), "link")
+    with pytest.raises(Unavailable) as caught:
+        await link.start(0.3)
+    assert "127.0.0.1" in caught.value.message
+    assert "secret" not in caught.value.message
 
 
 async def test_the_settings_of_the_guide_are_valid() -> None:

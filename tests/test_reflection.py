@@ -103,4 +103,4 @@ def test_an_error_has_details_that_a_generic_client_can_read(generic: Generic) -
         generic.call("nearloop.v1.Gateway", "Execute", {"step": {"kind": "KIND_TOOL", "target": "ecko", "input": {"json": {}}}})
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert "did you mean 'echo'" in (caught.value.details() or "")
-    assert "grpc-status-details-bin" in {key for key, _ in caught.value.trailing_metadata() or ()}
+    assert "grpc-status-details-bin" in [item.key for item in caught.value.trailing_metadata() or ()]

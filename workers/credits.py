@@ -4,8 +4,8 @@ A target has `slots` here, and a queue for each lane and region. A credit is a m
 until a message comes, so a credit cannot be taken back before its pull expires. From that follows the rule:
 
 - while a slot is free, every queue has one credit, so that no lane is deaf;
-- more go only to queues that show demand: what waits behind the last message, plus as many as are in work here now (in a closed
-  loop they come again). They go in the order of the queues, near before far and urgent before patient, and together with the credits
+- more go only to queues that show demand: what waits behind the last message, plus a multiple of what is in work here now (in a
+  closed loop that comes again, in bursts). They go in the order of the queues, near before far and urgent before patient, and together with the credits
   that are out already they never exceed the free slots.
 
 So an idle lane cannot hoard the slots of a busy one, and what comes beyond the free slots is one message for each queue at most
@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+AHEAD = 4  # asking for less than several times what is in work leaves slots idle for a round trip after each burst (measured: -30 %)
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
     """What is known about a queue: credits outstanding, steps of it in work or held here, messages waiting behind the last one."""
@@ -24,6 +27,10 @@ class QueueLoad:
     outstanding: int
     in_hand: int
     pending: int
+
+    @property
+    def demand(self) -> int:
+        return self.pending + AHEAD * self.in_hand
 
 
 def plan(free: int, loads: Sequence[QueueLoad]) -> list[int]:
@@ -37,7 +44,7 @@ def plan(free: int, loads: Sequence[QueueLoad]) -> list[int]:
     planned = []
     for load in loads:
         base = max(load.outstanding, 1)
-        demand = load.in_hand + load.pending
+        demand = load.demand
         more = min(max(demand - base, 0), spare)
         spare -= more
         planned.append(max(1, min(demand, base + more)))

@@ -11,6 +11,7 @@ H_KIND = "Nl-Kind"
 H_TARGET = "Nl-Target"
 H_LANE = "Nl-Lane"
 H_CREATED = "Nl-Created-Ms"
+H_CALL = "Nl-Call"  # which call wrote a job's record or a result
 H_TTL = "Nats-TTL"
 H_EXPECTED_SUBJECT_SEQUENCE = "Nats-Expected-Last-Subject-Sequence"
 

@@ -79,8 +79,8 @@ def _full_name(module: Any, service: str) -> str:
 class _GenericOnly:
     """Lets generated code add its handlers without registering each method with core.
 
-    For every call, grpc.aio waits on one future for each registered method; with the seventeen of these services that costs more than
-    the rest of the call's way through the server. Generic handlers share one future.
+    For every call, grpc.aio waits anew on one future for each registered method, which cost a tenth of the throughput of small calls
+    with the methods of these services. Generic handlers share one future.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:

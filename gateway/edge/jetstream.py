@@ -65,6 +65,10 @@ class JetStream:
         link.subscribe(f"{self._inbox}.*", self._on_reply)
         link.on_reconnect.append(self._forget_waiting)
 
+    def new_call(self) -> str:
+        """A word that no other call has: marks what a call wrote, for when its answer is lost."""
+        return f"{self._inbox[-16:]}-{next(self._numbers)}"
+
     def _on_reply(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
         token = subject.rpartition(".")[2]
         waiting = self._waiting.pop(token, None)

@@ -18,7 +18,6 @@ from gateway.types import Job
 _BATCHES_AT_ONCE = 32
 _TOO_MANY_BATCHES = frozenset({10210, 10176, 10211})  # too many in flight; its rest is then an incomplete batch
 _BUSY_TRIES = 50
-_H_CALL = "Nl-Call"  # which submit wrote a record
 
 
 class JobStore:
@@ -31,7 +30,7 @@ class JobStore:
 
     async def submit(self, job: Job) -> tuple[Job, bool]:
         """Raises Rejected (QUEUE_FULL), InvalidStep (too large), Unavailable (outcome unknown: ask again with the same id)."""
-        call = secrets.token_hex(8)
+        call = self._js.new_call()
         async with self._slots:
             return await until_answered("a job", lambda _: self._submit(job, call))
 
@@ -45,7 +44,7 @@ class JobStore:
                     found = await self._find(job.region, job.step.tenant, job.step.id)
                     if found is not None:
                         # After an unknown outcome the record may be the one that this call wrote.
-                        return _job(found), h.parse(found.headers).get(_H_CALL) == call
+                        return _job(found), h.parse(found.headers).get(codec.H_CALL) == call
                 elif error.err_code == STREAM_FULL:
                     raise Rejected(
                         f"the queue of region {job.region} is full", reason="QUEUE_FULL", scope=job.region, policy="queue"

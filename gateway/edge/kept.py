@@ -4,19 +4,17 @@ import math
 
 from gateway import subjects
 from gateway.edge import codec
+from gateway.edge import headers as h
 from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, Message, until_answered
 from gateway.errors import Unavailable
 from gateway.types import StepResult
 
 
-def _fence(keep_s: float) -> str:
-    return f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {max(1, math.ceil(keep_s))}s\r\n"
-
-
 async def commit(js: JetStream, result: StepResult, keep_s: float) -> bool:
     """Stores the result if there is none. Repeats until the outcome is known. Raises InvalidStep (too large), Unavailable."""
-    subject = subjects.result(result.tenant, result.step_id)
-    headers = codec.result_headers(result, extra=_fence(keep_s))
+    subject, call = subjects.result(result.tenant, result.step_id), js.new_call()
+    fence = f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {max(1, math.ceil(keep_s))}s\r\n{codec.H_CALL}: {call}\r\n"
+    headers = codec.result_headers(result, extra=fence)
 
     async def attempt(tries: int) -> bool:
         try:
@@ -26,16 +24,13 @@ async def commit(js: JetStream, result: StepResult, keep_s: float) -> bool:
                 raise Unavailable(f"NATS refused a result: {error}") from None
             if tries == 0:
                 return False
-            # The try before may have been stored although its answer was lost.
+            # The try before may have been stored although its answer was lost. Worker and attempt would not tell: a server that
+            # crashed can count the same attempt again.
             stored = await js.last(subjects.RESULTS_STREAM, subject)
-            return stored is not None and _same(_read(stored), result)
+            return stored is not None and h.parse(stored.headers).get(codec.H_CALL) == call
         return True
 
     return await until_answered("a result", attempt)
-
-
-def _same(stored: StepResult, result: StepResult) -> bool:
-    return (stored.worker, stored.attempt, stored.status) == (result.worker, result.attempt, result.status)
 
 
 async def read(js: JetStream, tenant: str, step_id: str) -> StepResult | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nats.aio.client import Server
 
+from gateway.addresses import shown_url
 from gateway.config import NatsSection
 from gateway.edge.wire import Handler, RawClient
 from gateway.errors import InvalidStep, Unavailable
@@ -64,7 +65,7 @@ class Link:
             reason = self._client.last_error or error
             await self._client.close()
             raise Unavailable(
-                f"no NATS server answered at {', '.join(self._urls)} within {timeout_s:g} s"
+                f"no NATS server answered at {', '.join(map(shown_url, self._urls))} within {timeout_s:g} s"
                 f" ({type(reason).__name__}: {reason}); start one with `nearloop up` or correct [nats] urls"
             ) from None
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")

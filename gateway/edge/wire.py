@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription
 from nats.errors import ProtocolError
 from nats.protocol.parser import Parser
@@ -147,6 +147,18 @@ class RawClient(Client):
                 future.set_result(True)
             self._pongs_received += 1
             self._pings_outstanding = 0
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        # nats-py drops the transport of a failed attempt without closing it.
+        if self._transport:
+            self._transport.close()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
+
+    async def close(self) -> None:
+        if self._status != Client.CONNECTED:
+            # Nobody takes it any more, and nats-py would raise when it tries to write it.
+            self._pending, self._pending_data_size = [], 0
+        await super().close()
 
     def add_handler(self, subject: str, queue: str, handler: Handler) -> int:
         """Subscribes; nats-py subscribes again after each reconnect. Returns the subscription's number."""
