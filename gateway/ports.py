@@ -78,6 +78,10 @@ class GatewayBus(Protocol):
     @property
     def connected(self) -> bool: ...
 
+    def new_id(self) -> str:
+        """An id for a step of this gateway. Other ids work as well; the result of this one comes back by the shortest way."""
+        ...
+
     def execute(self, step: Step, region: str) -> "Future[StepResult]":
         """Stores the step in the region's queue; the future ends with its result, whatever the status.
 
@@ -168,6 +172,11 @@ class Delivery(Protocol):
     @property
     def reply_to(self) -> str:
         """Subject of the gateway that waits for the result, or empty."""
+        ...
+
+    @property
+    def answered_by_commit(self) -> bool:
+        """True when committing the result also tells the gateway that waits, so that `reply` is only for results found again."""
         ...
 
     def ack(self) -> None:

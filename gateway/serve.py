@@ -57,7 +57,7 @@ async def run_gateway(config: Config, *, port_file: str | None = None, stop: asy
     tracer = StepTracer(provider, policies.all(Slot.HEAD_SAMPLING), faults, clock, random.random)
     bus = NatsGatewayBus(config, name, clock)
     kernel = Kernel(config, policies, bus, clock, random.random, tracer, faults, loader.plugin_targets(config, manager))
-    ingress = Ingress(config, kernel, clock)
+    ingress = Ingress(config, kernel, clock, bus.new_id)
     await bus.start()
     try:
         port = await ingress.start()

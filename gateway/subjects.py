@@ -4,13 +4,16 @@
     nl.job.<region>.<tenant>.<id>                  the record of a submitted step    stream NL_STEPS_<REGION>
     nl.result.<tenant>.<id>                        the one result of a step          stream NL_RESULTS
     nl.dead.<region>.<kind>.<target>.<id>          a step that was given up          stream NL_DEAD
-    nl.reply.<gateway>.<id>                        a result to the gateway that waits for it, core NATS
+    nl.reply.<mark>.<id>                           a result to the gateway that waits for it, core NATS
     nl.event.<tenant>.<id>                         started, tokens, progress, ended, core NATS
     nl.replay.<tenant>.<id>                        asks the executing worker for its events again, core NATS request
     nl.cancel.<tenant>.<id>                        tells the executing worker to stop, core NATS
 
 Only ids that `is_id` accepts enter a subject, so no subject holds a wildcard, a space or a dot that is not ours.
 A step and its job record share a stream, since an atomic batch cannot cross streams.
+
+A gateway listens on its mark, eight characters with which the ids of its steps begin. NL_RESULTS republishes each stored result to
+`nl.reply.<first eight characters of the id>.<id>`: the server itself tells the gateway, as soon as the result is stored and only then.
 """
 
 import hashlib
@@ -25,6 +28,8 @@ RESULTS_STREAM = "NL_RESULTS"
 DEAD_STREAM = "NL_DEAD"
 RESULTS_SUBJECT = "nl.result.>"
 DEAD_SUBJECT = "nl.dead.>"
+MARK_LENGTH = 8
+RESULTS_REPUBLISH = {"src": "nl.result.*.*", "dest": f"nl.reply.{{{{left(2,{MARK_LENGTH})}}}}.{{{{wildcard(2)}}}}"}
 TARGETS_BUCKET = "nl-targets"  # key <kind>.<target>: what workers say about a target, JSON
 WORKERS_BUCKET = "nl-workers"  # key <region>.<worker>: heartbeats, JSON, gone when they stop
 
@@ -94,12 +99,17 @@ def dead(region: str, kind: Kind, target: str, step_id: str) -> str:
     return f"nl.dead.{region}.{kind.value}.{target}.{step_id}"
 
 
-def reply(gateway: str, step_id: str) -> str:
-    return f"nl.reply.{gateway}.{step_id}"
+def reply(mark: str, step_id: str) -> str:
+    return f"nl.reply.{mark}.{step_id}"
 
 
-def replies(gateway: str) -> str:
-    return f"nl.reply.{gateway}.*"
+def replies(mark: str) -> str:
+    return f"nl.reply.{mark}.*"
+
+
+def is_republished(reply_to: str, step_id: str) -> bool:
+    """True when the results stream tells the gateway that waits on reply_to."""
+    return reply_to == reply(step_id[:MARK_LENGTH], step_id)
 
 
 def event(tenant: str, step_id: str) -> str:

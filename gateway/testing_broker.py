@@ -61,6 +61,7 @@ class MemoryDelivery:
         self._broker, self._stored, self._ended = broker, stored, False
         self.queue, self.pending = queue, pending
         self.step, self.attempt, self.reply_to = stored.step, stored.deliveries, stored.reply_to
+        self.answered_by_commit = subjects.is_republished(self.reply_to, self.step.id)
         self.queued_us = max(0, round((broker.clock.now_s() - stored.stored_s) * 1e6))
 
     def ack(self) -> None:
@@ -166,6 +167,9 @@ class Broker:
         if self.result(result.tenant, result.step_id) is not None:
             return False
         self.results[subject] = (result, self.clock.now_s() + max(1.0, keep_s))
+        waiting = self.waiting.get(subjects.reply(result.step_id[: subjects.MARK_LENGTH], result.step_id))
+        if waiting is not None:
+            waiting(result)
         return True
 
     def result(self, tenant: str, step_id: str) -> StepResult | None:

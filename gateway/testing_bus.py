@@ -1,6 +1,7 @@
 """`MemoryBus`: both sides of the bus over one broker in memory."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from gateway import subjects
@@ -70,7 +71,8 @@ class MemoryGatewayBus(_Side):
 
     def __init__(self, broker: Broker, gateway_id: str) -> None:
         super().__init__(broker)
-        self._gateway_id = gateway_id
+        self._mark = gateway_id.ljust(subjects.MARK_LENGTH, "-")[: subjects.MARK_LENGTH]
+        self._numbers = itertools.count(1)
         self._futures: dict[str, asyncio.Future[StepResult]] = {}
 
     async def close(self) -> None:
@@ -83,12 +85,15 @@ class MemoryGatewayBus(_Side):
             future.set_exception(error)
             future.exception()  # seen: a caller that has gone away is no reason for a log entry
 
+    def new_id(self) -> str:
+        return f"{self._mark}{next(self._numbers)}"
+
     def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         if step.id in self._futures:
             self._fail(future, InvalidStep([("id", f"{step.id} is being executed already")]))
             return future
-        reply_to = subjects.reply(self._gateway_id, step.id)
+        reply_to = subjects.reply(self._mark, step.id)
         try:
             self._check_size(step.input)
             if (known := self._broker.result(step.tenant, step.id)) is not None:

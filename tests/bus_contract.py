@@ -30,6 +30,22 @@ class BusContract:
         assert await gateway.result(step.tenant, step.id) == result
         await eventually_true(lambda: _not_queued(gateway, step, rig.region))
 
+    async def test_the_commit_alone_answers_a_step_with_an_id_of_its_gateway(self, make_rig: MakeRig) -> None:
+        rig = await make_rig()
+        gateway, other, worker = await rig.gateway(), await rig.gateway("other"), await rig.worker()
+        inbox = await pull(rig, worker, 2)
+        step = make_step(rig, id=gateway.new_id())
+        elsewhere = make_step(rig, id=other.new_id())
+        futures = [gateway.execute(step, rig.region), other.execute(elsewhere, rig.region)]
+        for _ in futures:
+            delivery = await inbox.next()
+            assert delivery.answered_by_commit
+            assert await worker.commit(make_result(delivery.step), 60.0)
+            late = make_result(delivery.step, status=Status.FAILED, code="INTERNAL", message="a later result is refused and told to nobody")
+            assert not await worker.commit(late, 60.0)
+            delivery.ack()
+        assert [await done(future) for future in futures] == [make_result(step), make_result(elsewhere)]
+
     async def test_text_of_any_kind_survives(self, make_rig: MakeRig) -> None:
         rig = await make_rig()
         gateway, worker = await rig.gateway(), await rig.worker()

@@ -112,7 +112,7 @@ async def done(future: "asyncio.Future[StepResult]") -> StepResult:
 async def finish(worker: WorkerBus, delivery: Delivery, result: StepResult) -> bool:
     """What a worker does at the end of a step."""
     first = await worker.commit(result, 60.0)
-    if delivery.reply_to:
+    if delivery.reply_to and not delivery.answered_by_commit:
         worker.reply(delivery.reply_to, result)
     delivery.ack()
     return first

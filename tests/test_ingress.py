@@ -17,7 +17,7 @@ from gateway import tensors
 from gateway.clock import SystemClock
 from gateway.edge import servicer, status
 from gateway.edge.ingress import Ingress
-from gateway.edge.intake import Intake, trace_context
+from gateway.edge.intake import Intake, random_id, trace_context
 from gateway.errors import ConfigError, Expired, InvalidStep, NearloopError, Rejected
 from gateway.types import Completed, Kind, Lane, Payload, Step, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
@@ -114,7 +114,7 @@ class _Noon:
 async def test_the_shortest_bound_is_the_deadline(
     target: str, timeout_s: int | None, rpc_s: float | None, job: bool, bound_s: float
 ) -> None:
-    intake = Intake(make_config(max_timeout_s=3000).gateway, FakeService(), _Noon())
+    intake = Intake(make_config(max_timeout_s=3000).gateway, FakeService(), _Noon(), random_id)
     step = json_step(b'{"name":"x"}', target)
     if timeout_s is not None:
         step.timeout.seconds = timeout_s
@@ -122,7 +122,7 @@ async def test_the_shortest_bound_is_the_deadline(
 
 
 async def test_a_deadline_that_has_passed_is_not_started() -> None:
-    intake = Intake(make_config().gateway, FakeService(), _Noon())
+    intake = Intake(make_config().gateway, FakeService(), _Noon(), random_id)
     with pytest.raises(Expired):
         intake.step(json_step(), "alice", (), 0.0)
     assert intake.step(json_step(), "alice", (), 0.0, job=True)

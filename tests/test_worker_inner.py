@@ -1,6 +1,7 @@
 """What wraps an executor: inner steps and spans."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,7 +66,7 @@ class Service:
 
 async def test_inner_steps_belong_to_the_outer_step_also_side_by_side() -> None:
     service = Service()
-    calls = InnerCalls(service, "home")  # type: ignore[arg-type]
+    calls = InnerCalls(service, "home", (f"inner-{number}" for number in itertools.count()).__next__)  # type: ignore[arg-type]
 
     async def embed(step: Step) -> bytes:
         return (await calls.infer("embed", Payload(step.tenant.encode()))).data

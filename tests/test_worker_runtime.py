@@ -41,6 +41,7 @@ class Watched:
         self.inner, self.bus = inner, bus
         self.step, self.queue, self.attempt = inner.step, inner.queue, inner.attempt
         self.queued_us, self.pending, self.reply_to = inner.queued_us, inner.pending, inner.reply_to
+        self.answered_by_commit = inner.answered_by_commit
         self.ended = ""
         self.extended = 0
         self.delay_s = 0.0

@@ -4,8 +4,7 @@ They are charged to the tenant of the outer step, keep its lane, run and trace, 
 """
 
 import dataclasses
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
 from gateway.ports import Executor, StepService, Work
@@ -17,8 +16,9 @@ _OUTER: ContextVar[Step] = ContextVar("outer step")
 class InnerCalls:
     """Wraps an executor so that `infer` knows for which step it is called."""
 
-    def __init__(self, service: StepService, region: str) -> None:
+    def __init__(self, service: StepService, region: str, new_id: Callable[[], str]) -> None:
         self._service = service
+        self._new_id = new_id
         self._region = region
 
     def wrap(self, executor: Executor) -> Executor:
@@ -29,7 +29,7 @@ class InnerCalls:
         outer = _OUTER.get()
         step = dataclasses.replace(
             outer,
-            id=f"in-{secrets.token_hex(12)}",
+            id=self._new_id(),
             kind=Kind.INFER,
             target=model,
             input=payload,

@@ -78,7 +78,7 @@ class StepLife:
             if result is None and held.attempt > 1:
                 stored = await self._bus.result(held.step.tenant, held.step.id)
                 if stored is not None:
-                    self._answer(held, stored)
+                    self._answer(held, stored if held.delivery.reply_to else None)
                     return
                 if held.attempt > target.max_deliver:
                     await self._bus.bury(held.delivery, DEAD_REASON, dead_message(target.max_deliver))
@@ -89,7 +89,8 @@ class StepLife:
                 result = await self._execute(held, target)
             held.phase = Phase.ENDING
             result, first = await self._commit(held, result)
-            self._answer(held, result if first else None)
+            tell = first and held.delivery.reply_to and not held.delivery.answered_by_commit
+            self._answer(held, result if tell else None)
         except Unavailable as error:
             result = None
             log.debug("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
@@ -177,8 +178,8 @@ class StepLife:
             return result, await self._bus.commit(result, keep_s)
 
     def _answer(self, held: Held, result: StepResult | None) -> None:
-        """None when another result was first: whoever stored that one answers with it."""
-        if result is not None and held.delivery.reply_to:
+        """None when nobody has to be told: no gateway waits, the commit told it, or another result was first and its worker tells."""
+        if result is not None:
             self._bus.reply(held.delivery.reply_to, result)
         if held.step.stream or held.is_job:
             self._open_log(held).add(EventKind.ENDED)

@@ -46,7 +46,7 @@ class _Inner:
         self._bus = NatsGatewayBus(config, f"{name}-inner", clock)
         targets = loader.plugin_targets(config, manager)
         self._kernel = Kernel(config, policies, self._bus, clock, random.random, tracer, faults, targets)
-        self.calls = InnerCalls(self._kernel, region)
+        self.calls = InnerCalls(self._kernel, region, self._bus.new_id)
 
     async def start(self) -> None:
         await self._bus.start()

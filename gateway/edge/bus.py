@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from random import getrandbits
 
 from gateway import subjects
 from gateway.clock import Clock
@@ -30,7 +31,7 @@ class NatsGatewayBus:
         timeout_s = config.nats.publish_timeout_s
         self._js = JetStream(self.control, timeout_s)
         self._jobs = JobStore(JetStream(self._publish, timeout_s), clock, config.nats.job_keep_s)
-        self._dispatcher = Dispatcher(gateway_id, clock, self._publish, self._consume, self._js, timeout_s)
+        self._dispatcher = Dispatcher(clock, self._publish, self._consume, self._js, timeout_s)
         self._live = LiveCatalogue(self._js, clock, config.worker.heartbeat_s)
 
     async def start(self) -> None:
@@ -53,6 +54,10 @@ class NatsGatewayBus:
     def counters(self) -> Mapping[str, int]:
         """dispatched, results, resent, recovered (found in the results stream after a lost reply)."""
         return self._dispatcher.counters
+
+    def new_id(self) -> str:
+        # Not a secret; os.urandom is a system call, and lets go of the interpreter's lock.
+        return f"{self._dispatcher.mark}{getrandbits(96):024x}"
 
     def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
         return self._dispatcher.execute(step, region)

@@ -48,6 +48,10 @@ class NatsDelivery:
         self.reply_to = found.get(subjects.H_REPLY, "")
         self.headers = raw
 
+    @property
+    def answered_by_commit(self) -> bool:
+        return subjects.is_republished(self.reply_to, self.step.id)
+
     def ack(self) -> None:
         self._end(b"+ACK")
 

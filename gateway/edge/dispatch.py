@@ -49,15 +49,16 @@ class _Pending:
 class Dispatcher:
     """Steps that this gateway waits for."""
 
-    def __init__(self, gateway_id: str, clock: Clock, publish: Link, consume: Link, js: JetStream, publish_timeout_s: float) -> None:
+    def __init__(self, clock: Clock, publish: Link, consume: Link, js: JetStream, publish_timeout_s: float) -> None:
         self._clock, self._publish, self._js, self._timeout_s = clock, publish, js, publish_timeout_s
         self._random = random.Random()
         self._pending: dict[str, _Pending] = {}
         self._unacked: dict[str, _Pending] = {}
         self._ack_prefix = f"_INBOX.{secrets.token_hex(8)}."
-        self._reply_prefix = subjects.reply(gateway_id, "")
+        self.mark = secrets.token_hex(subjects.MARK_LENGTH // 2)
+        self._reply_prefix = subjects.reply(self.mark, "")
         publish.subscribe(self._ack_prefix + "*", self._on_ack)
-        consume.subscribe(subjects.replies(gateway_id), self._on_reply)
+        consume.subscribe(subjects.replies(self.mark), self._on_reply)
         publish.on_reconnect.append(self._send_unacked_soon)
         consume.on_reconnect.append(self._look_soon)
         self._sweeper: asyncio.Task[None] | None = None

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.edge.health import Health
+from gateway.edge.intake import random_id
 from gateway.edge.servicer import GatewayServicer
 from gateway.errors import ConfigError
 from gateway.ports import StepService
@@ -27,10 +29,10 @@ MESSAGE_HEADROOM_BYTES = 64 * 1024
 
 
 class Ingress:
-    def __init__(self, config: Config, service: StepService, clock: Clock) -> None:
+    def __init__(self, config: Config, service: StepService, clock: Clock, new_id: Callable[[], str] = random_id) -> None:
         self._listen = config.gateway.listen
         self._health = Health()
-        self._servicer = GatewayServicer(config, service, clock)
+        self._servicer = GatewayServicer(config, service, clock, new_id)
         self._limit = config.gateway.max_in_flight + FLOOD_HEADROOM
         self._options = server_options(config.gateway.max_input_bytes)
         self._server: grpc.aio.Server | None = None

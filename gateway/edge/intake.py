@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import getrandbits
 
 from gateway import subjects
@@ -26,14 +26,19 @@ _TRACESTATE = re.compile(r"[ -~\t]*")
 _NOT_AN_ID = f"is not an id: {subjects.ID_RULE}"
 
 
+def random_id() -> str:
+    return f"{getrandbits(128):032x}"
+
+
 class Intake:
     """Turns requests into steps. Nothing is stored and no policy is asked before a step has passed here."""
 
-    def __init__(self, section: GatewaySection, service: StepService, clock: Clock) -> None:
+    def __init__(self, section: GatewaySection, service: StepService, clock: Clock, new_id: Callable[[], str]) -> None:
         self._section = section
         self._service = service
         self._clock = clock
         self._inputs = InputChecker()
+        self._new_id = new_id
 
     def step(
         self,
@@ -77,7 +82,7 @@ class Intake:
                 timeout_s = min(timeout_s, rpc_remaining_s)
         traceparent, tracestate = trace_context(metadata)
         return Step(
-            id=f"{getrandbits(128):032x}",  # not a secret; os.urandom is a system call, and lets go of the interpreter's lock
+            id=self._new_id(),
             tenant=tenant,
             kind=kind,
             target=message.target,

@@ -40,10 +40,10 @@ OVERLOADED_RETRY_S = 1.0
 
 
 class GatewayServicer:
-    def __init__(self, config: Config, service: StepService, clock: Clock) -> None:
+    def __init__(self, config: Config, service: StepService, clock: Clock, new_id: Callable[[], str]) -> None:
         self._service = service
         self._auth = Authenticator(config.auth)
-        self._intake = Intake(config.gateway, service, clock)
+        self._intake = Intake(config.gateway, service, clock, new_id)
         self._max_in_flight = config.gateway.max_in_flight
         self._in_flight = 0
 

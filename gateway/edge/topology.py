@@ -33,6 +33,7 @@ _STREAM_FIELDS = {
     "allow_direct": "--allow-direct",
     "allow_atomic": "--allow-batch",
     "allow_msg_ttl": "--allow-msg-ttl",
+    "republish": "",
 }
 _CONSUMER_FIELDS = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "priority_policy", "priority_groups")
 
@@ -93,7 +94,13 @@ def streams(config: Config) -> list[dict[str, Any]]:
     heartbeats_s = max(6.0, 3 * config.worker.heartbeat_s)
     return [
         *(steps_stream(config, region) for region in config.region_names),
-        _stream(subjects.RESULTS_STREAM, [subjects.RESULTS_SUBJECT], nats.replicas, allow_msg_ttl=True),
+        _stream(
+            subjects.RESULTS_STREAM,
+            [subjects.RESULTS_SUBJECT],
+            nats.replicas,
+            allow_msg_ttl=True,
+            republish=subjects.RESULTS_REPUBLISH,
+        ),
         _stream(subjects.DEAD_STREAM, [subjects.DEAD_SUBJECT], nats.replicas, max_age=round(nats.dead_keep_s * _NANO)),
         _bucket(subjects.TARGETS_BUCKET, nats.replicas, 0),
         _bucket(subjects.WORKERS_BUCKET, nats.replicas, heartbeats_s),
