@@ -150,7 +150,7 @@ class Stack:
         else:
             self.state_dir = self._wanted_dir.absolute()
             try:
-                self.state_dir.mkdir(parents=True, exist_ok=True)
+                self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # passwords of the NATS urls are in there
             except OSError as error:
                 raise PartFailed(f"the state directory {self.state_dir} cannot be made: {error.strerror}") from error
         self._guard.remove_shared_memory(self._shm_prefix)

@@ -22,7 +22,7 @@ from gateway.up import Stack
 log = logging.getLogger(__name__)
 
 JOBS = 300
-CASES = ("worker", "gateway", "nats", "triton")
+CASES = ("worker", "hang", "gateway", "nats", "triton")
 AT_ONCE = 32
 CALL_DELAY_MS = 100
 WITHIN_S = 60.0

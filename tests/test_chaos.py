@@ -1,11 +1,14 @@
 """Every part is killed with SIGKILL in mid-work; 300 jobs each time, and each of them ends in exactly one result."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 from chaos_support import JOBS, Case, World, world
+from stack_support import eventually
 
 from gateway.errors import NotFound
 
@@ -39,6 +42,33 @@ async def test_workers_are_killed_in_mid_step(shared: World) -> None:
     results = [job.result for job in jobs if job.result is not None]
     assert {result.region for result in results} == {"home", "iad"}
     assert max(result.attempt for result in results) > 1  # a kill did hit a step in the middle
+    assert (await case.calls()).total() > JOBS
+
+
+async def test_a_worker_hangs_and_comes_back_with_late_results(shared: World) -> None:
+    case, gateways = Case(shared, "hang"), shared.stack.gateway_addresses
+    submitted = await case.submit(gateways)
+    await case.until_called(JOBS // 10)
+    await asyncio.wait_for(shared.stack.wait_ready("tool-home"), 30)
+    part = shared.stack.part("tool-home")
+    restarts = part.restarts
+    os.kill(part.pid, signal.SIGSTOP)
+    try:
+        await case.until_results(JOBS)  # the other worker has executed its steps as well
+    finally:
+        os.kill(part.pid, signal.SIGCONT)
+    before = await case.until_ended(gateways, list(submitted.ids.values()))
+    # It tries to store what it had in hand, is refused, and has done so when it ends.
+    os.kill(part.pid, signal.SIGTERM)
+
+    async def ended() -> int:
+        return part.restarts
+
+    await eventually(ended, lambda count: count > restarts, 30, "the worker has ended")
+    jobs = await case.until_ended(gateways, list(submitted.ids.values()))
+    assert jobs == before
+    await case.check_each_ended_once(jobs)
+    await case.check_ledger()
     assert (await case.calls()).total() > JOBS
 
 

@@ -188,3 +188,16 @@ async def test_closing_asks_no_more(pulling: Pulling) -> None:
     assert len(pulling.link.requests) == 1
     assert pulling.link.subscription.closed
     assert pulling.link.on_reconnect == []
+
+
+async def test_a_request_that_gathers_goes_out_at_once_when_little_is_left() -> None:
+    pulling = Pulling()
+    await pulling.want(4)
+    for number in range(1, 4):
+        pulling.loop._on_any("s", f"$JS.ACK.S.c.1.{number}.{number}.0.0", b"", b"")
+        pulling.loop.want(4)
+        if number == 1:
+            assert len(pulling.link.requests) == 1, "three of four are out: more is gathered first"
+    await asyncio.sleep(0)
+    assert len(pulling.link.requests) == 2
+    await pulling.loop.close()

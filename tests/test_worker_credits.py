@@ -69,13 +69,13 @@ def test_a_simulated_worker_holds_a_bounded_number(slots: int, moves: list[tuple
 
 
 def test_a_busy_lane_gets_all_slots_of_idle_ones() -> None:
-    busy = QueueLoad(outstanding=1, in_hand=0, pending=100)
-    idle = QueueLoad(outstanding=1, in_hand=0, pending=0)
+    busy = QueueLoad(outstanding=1, recent=0, pending=100)
+    idle = QueueLoad(outstanding=1, recent=0, pending=0)
     assert plan(16, [idle, busy, idle]) == [1, 16, 1]
 
 
 def test_a_lane_in_closed_loop_keeps_its_credits_without_a_backlog() -> None:
-    assert plan(32, [QueueLoad(outstanding=2, in_hand=5, pending=0)]) == [AHEAD * 5]
+    assert plan(32, [QueueLoad(outstanding=2, recent=5, pending=0)]) == [AHEAD * 5]
 
 
 def test_urgent_before_patient_when_both_have_a_backlog() -> None:

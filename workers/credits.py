@@ -4,9 +4,9 @@ A target has `slots` here, and a queue for each lane and region. A credit is a m
 until a message comes, so a credit cannot be taken back before its pull expires. From that follows the rule:
 
 - while a slot is free, every queue has one credit, so that no lane is deaf;
-- more go only to queues that show demand: what waits behind the last message, plus a multiple of what is in work here now (in a
-  closed loop that comes again, in bursts). They go in the order of the queues, near before far and urgent before patient, and together with the credits
-  that are out already they never exceed the free slots.
+- more go only to queues that show demand: what waits behind the last message, plus a multiple of what was in work here a moment ago
+  (in a closed loop that comes again, in bursts). They go in the order of the queues, near before far and urgent before patient;
+  together with the credits that are out already they never exceed the free slots.
 
 So an idle lane cannot hoard the slots of a busy one, and what comes beyond the free slots is one message for each queue at most
 (`floor` credits), held until a slot is free. Only when demand moves from one lane to another can the credits that the old lane still
@@ -16,21 +16,20 @@ holds, fewer than `slots`, add to that until their pull expires.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 AHEAD = 4  # asking for less than several times what is in work leaves slots idle for a round trip after each burst (measured: -30 %)
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """What is known about a queue: credits outstanding, steps of it in work or held here, messages waiting behind the last one."""
+    """What is known about a queue: credits outstanding, the most of its steps in hand at once lately, messages waiting behind the last."""
 
     outstanding: int
-    in_hand: int
+    recent: int
     pending: int
 
     @property
     def demand(self) -> int:
-        return self.pending + AHEAD * self.in_hand
+        return self.pending + AHEAD * self.recent
 
 
 def plan(free: int, loads: Sequence[QueueLoad]) -> list[int]:

@@ -12,12 +12,13 @@ from workers.held import Held
 class Lane:
     """One queue: its puller while it is open, and what came from it."""
 
-    __slots__ = ("in_hand", "pending", "puller", "queue", "waiting", "wanted")
+    __slots__ = ("in_hand", "pending", "puller", "queue", "recent", "waiting", "wanted")
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
         self.puller: Puller | None = None
         self.in_hand = 0  # in work or waiting here
+        self.recent = 0  # the largest in_hand lately
         self.pending = 0  # waiting at the server behind the last message
         self.waiting: deque[Held] = deque()
         self.wanted = 0
@@ -55,6 +56,7 @@ class TargetLanes:
         """A step has come: it starts now or waits for a slot."""
         lane = held.lane
         lane.in_hand += 1
+        lane.recent = max(lane.recent, lane.in_hand)
         lane.pending = held.delivery.pending
         if self.running < self.slots:
             self.running += 1
@@ -94,11 +96,16 @@ class TargetLanes:
         self.waiting = 0
         return withdrawn
 
+    def cool_down(self) -> None:
+        """Called a few times a second: what was in hand at once is half forgotten each time."""
+        for lane in self._by_credit:
+            lane.recent = max(lane.in_hand, lane.recent // 2)
+
     def ask(self) -> None:
         """Asks for what the free slots allow."""
         if not self.is_open:
             return
-        loads = [QueueLoad(lane.puller.credits if lane.puller is not None else 0, lane.in_hand, lane.pending) for lane in self._by_credit]
+        loads = [QueueLoad(lane.puller.credits if lane.puller is not None else 0, lane.recent, lane.pending) for lane in self._by_credit]
         planned = plan(self.slots - self.running - self.waiting, loads)
         for lane, load, credits in zip(self._by_credit, loads, planned, strict=True):
             if lane.puller is not None and (credits != lane.wanted or credits > load.outstanding):

@@ -115,6 +115,7 @@ class ServedTargets:
                 lane.puller = await self._bus.consume(lane.queue, partial(self._on_delivery, lanes, lane))
                 lane.wanted = 0
         lanes.is_open = True
+        lanes.cool_down()
         lanes.ask()
 
     async def _close(self, lanes: TargetLanes) -> None:

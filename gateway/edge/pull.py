@@ -55,6 +55,7 @@ class PullLoop:
         self._heard_s = clock.now_s()
         self._closed = False
         self._repairing: asyncio.Task[None] | None = None
+        self._gathering = False  # the top-up waits for more to ask for, not for something to get well
         self._top_up: asyncio.TimerHandle | asyncio.Handle | None = None
         self._subscription = link.subscribe(f"{self._inbox}.*", self._on_any)
         link.on_reconnect.append(self._on_reconnect)
@@ -70,11 +71,16 @@ class PullLoop:
 
     def want(self, credits: int) -> None:
         self._wanted = credits
-        if self._top_up is not None or credits <= self._credits or self._closed:
+        if credits <= self._credits or self._closed:
             return
         # Few outstanding: ask in this loop iteration. Many: gather some more, since each request costs the server a message.
-        loop = asyncio.get_running_loop()
         soon = self._credits * 2 <= credits
+        if self._top_up is not None:
+            if not (soon and self._gathering):
+                return
+            self._top_up.cancel()
+        self._gathering = not soon
+        loop = asyncio.get_running_loop()
         self._top_up = loop.call_soon(self._ask) if soon else loop.call_later(_TOP_UP_S, self._ask)
 
     def _ask(self) -> None:
@@ -133,6 +139,7 @@ class PullLoop:
 
     def _later(self) -> None:
         if self._top_up is None and not self._closed:
+            self._gathering = False
             self._top_up = asyncio.get_running_loop().call_later(random.uniform(0.1, 0.5), self._ask)
 
     def check(self) -> None:
