@@ -1,123 +1,32 @@
 """End to end: a client, a gateway, nats-server, Triton and workers, each a process of its own."""
 
-import asyncio
-import json
 import os
 import signal
-import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp.web
 import numpy as np
 import pytest
 import pytest_asyncio
-import tritonclient.grpc.aio as triton
-from stack_support import Broker, eventually, running
+from stack_support import eventually
+from stack_world import World, at_rest, key, start_world, tokens, wait_started
 
-from gateway import config
 from gateway.client import ClientResult, NearloopClient, RetryPolicy
 from gateway.errors import AlreadyExists, Cancelled, Expired, InvalidStep, NearloopError, NotFound, StepFailed, Unauthenticated, Unavailable
 from gateway.types import EventKind, JobState, Payload, StepEvent
-from gateway.up import Stack
 from workers.lexical import DIMENSIONS, embed
 
 pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="module")]
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-CONFIG = """
-[gateway]
-listen = "127.0.0.1:0"
-
-[auth]
-anonymous_tenant = "local"
-
-[nats]
-ack_wait_s = 2.0
-
-[worker]
-heartbeat_s = 0.5
-
-[tools]
-modules = ["workers.builtin_tools"]
-egress_allow = ["127.0.0.0/8"]
-
-[[tools.http]]
-name = "note"
-method = "POST"
-url = "SERVICE/notes"
-input_schema = { type = "object", properties = { text = { type = "string" } }, required = ["text"], additionalProperties = false }
-
-[[targets]]
-kind = "tool"
-name = "note"
-slots = 4
-
-# Nobody serves it: its steps stay queued.
-[[targets]]
-kind = "tool"
-name = "absent"
-
-[[retrieve.collections]]
-name = "notes"
-"""
-
-
-@dataclass
-class Service:
-    """An HTTP API that a tool calls: keeps the headers of what came, and can be told to hold its answers back."""
-
-    headers: list[Mapping[str, str]] = field(default_factory=list)
-    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.may_answer.set()
-
-    async def post(self, request: aiohttp.web.Request) -> aiohttp.web.Response:
-        self.headers.append({name.lower(): value for name, value in request.headers.items()})
-        await self.may_answer.wait()
-        return aiohttp.web.json_response({"noted": (await request.json())["text"]})
-
-
-@dataclass
-class World:
-    stack: Stack
-    client: NearloopClient
-    broker: Broker
-    service: Service
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[World]:
-    service, app = Service(), aiohttp.web.Application()
-    app.router.add_post("/notes", service.post)
-    runner = aiohttp.web.AppRunner(app, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
-        async with (
-            running(config.loads(CONFIG.replace("SERVICE", url), "stack")) as stack,
-            NearloopClient(stack.gateway_address) as client,
-            Broker(stack.nats_url) as broker,
-        ):
-            yield World(stack, client, broker, service)
-    finally:
-        await runner.cleanup()
-
-
-def key() -> str:
-    return uuid.uuid4().hex
-
-
-async def wait_started(client: NearloopClient, job_id: str) -> None:
-    async with aclosing(client.watch(job_id, timeout_s=20)) as items:
-        first = await anext(items)
-        assert isinstance(first, StepEvent)
-        assert first.kind is EventKind.STARTED
+    async with start_world() as started:
+        yield started
 
 
 class TestExecute:
@@ -190,11 +99,6 @@ class TestExecute:
         assert caught.value.retry_after_s
 
 
-def tokens(events: "list[StepEvent | ClientResult]") -> list[str]:
-    payloads = [event.payload for event in events if isinstance(event, StepEvent) and event.payload is not None]
-    return [json.loads(payload.data)["token"] for payload in payloads]
-
-
 class TestDeadlines:
     async def test_execute_ends_at_its_deadline_and_so_does_triton(self, world: World) -> None:
         async with at_rest(world, "busy"):
@@ -216,25 +120,6 @@ class TestDeadlines:
             with pytest.raises(Expired):
                 [_ async for _ in world.client.watch(job.id, timeout_s=15)]
             assert (await world.client.get_job(job.id)).state is JobState.EXPIRED
-
-
-class at_rest:
-    """Triton has ended every request for the model that was made inside, long before the time that was asked for."""
-
-    def __init__(self, world: World, model: str) -> None:
-        self._address, self._model = world.stack.triton_url, model
-
-    async def __aenter__(self) -> None:
-        self._before = await self._ended()
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            await eventually(self._ended, lambda ended: ended > self._before, 15, f"Triton has stopped {self._model}")
-
-    async def _ended(self) -> int:
-        async with triton.InferenceServerClient(self._address) as client:
-            found = (await client.get_inference_statistics(self._model)).model_stats[0].inference_stats
-        return int(found.success.count + found.fail.count)
 
 
 class TestJobs:

@@ -1,5 +1,6 @@
 """A step held by this worker, with what the acknowledgement subject tells about it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from gateway import subjects
@@ -35,18 +36,42 @@ def read_ack(subject: str) -> AckInfo:
 class NatsDelivery:
     """Ends in exactly one of ack and nak; what comes after the first is ignored."""
 
-    __slots__ = ("_ack_subject", "_ended", "_link", "attempt", "headers", "pending", "queue", "queued_us", "reply_to", "step")
+    __slots__ = (
+        "_ack_subject",
+        "_ended",
+        "_link",
+        "_on_end",
+        "_subject",
+        "attempt",
+        "headers",
+        "pending",
+        "queue",
+        "queued_us",
+        "reply_to",
+        "step",
+    )
 
-    def __init__(self, link: Link, queue: Queue, subject: str, ack_subject: str, raw: bytes, body: bytes, wall_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        queue: Queue,
+        subject: str,
+        ack_subject: str,
+        raw: bytes,
+        body: bytes,
+        wall_s: float,
+        on_end: Callable[[str], None],
+    ) -> None:
         """Raises ValueError or KeyError for a message that is not a step."""
         info, found = read_ack(ack_subject), h.parse(raw)
-        self._link, self._ack_subject, self._ended = link, ack_subject, False
+        self._link, self._ack_subject, self._ended, self._on_end = link, ack_subject, False, on_end
         self.step: Step = codec.read_step(subject, found, body)
         self.queue = queue
         self.attempt, self.pending = info.delivered, info.pending
         self.queued_us = max(0, round(wall_s * 1e6 - info.stored_ns / 1e3))
         self.reply_to = found.get(subjects.H_REPLY, "")
         self.headers = raw
+        self._subject = subject
 
     @property
     def answered_by_commit(self) -> bool:
@@ -62,6 +87,7 @@ class NatsDelivery:
         if not self._ended:
             self._ended = True
             self._link.send(self._ack_subject, word)
+            self._on_end(self._subject)
 
     def in_progress(self) -> None:
         if not self._ended:

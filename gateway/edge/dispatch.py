@@ -30,6 +30,7 @@ _LAST_LOOK_S = 120.0
 _DUPLICATE_LOOK_S = 0.5
 _LOOKS_AT_ONCE = 32
 KEEP_AFTER_DEADLINE_S = 60
+_BUSY_FROM = 8  # steps waited for
 
 
 def step_ttl_s(step: Step, now_s: float) -> int:
@@ -86,6 +87,7 @@ class Dispatcher:
         pending.look_s = now_s + _FIRST_LOOK_S
         self._pending[step.id] = pending
         self.counters["dispatched"] += 1
+        self._publish.gather(len(self._pending) >= _BUSY_FROM)
         self._send(pending, now_s)
         return future
 

@@ -131,6 +131,10 @@ class Link:
         self.rebuilt += 1
         await self._on_reconnected()
 
+    def gather(self, busy: bool) -> None:
+        """While the owner is busy, messages wait for each other a moment."""
+        self._client.gathering = busy
+
     def send(self, subject: str, payload: bytes = b"", headers: bytes = b"", reply: str = "") -> bool:
         """Publishes without waiting; buffered while the connection is down. False when the buffer is full.
 

@@ -24,6 +24,7 @@ from gateway.types import StepEvent, StepResult, Target, WorkerInfo
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0
+_BUSY_FROM = 3  # steps held at once; quick ones are never many, however many pass through
 
 
 class _NatsPuller:
@@ -55,6 +56,7 @@ class NatsWorkerBus:
         timeout_s = config.nats.publish_timeout_s
         self._results = JetStream(self._publish, timeout_s)
         self._js = JetStream(self.control, timeout_s)
+        self._held: set[str] = set()  # subjects of steps that have not ended; one that is delivered again counts once
         self.pullers: set[_NatsPuller] = set()
         self._checker: asyncio.Task[None] | None = None
         self.counters = {"delivered": 0, "redelivered": 0, "malformed": 0, "committed": 0, "lost_commits": 0}
@@ -128,19 +130,25 @@ class NatsWorkerBus:
         data: bytes,
     ) -> None:
         try:
-            delivery = NatsDelivery(self._publish, queue, subject, ack_subject, headers, data, self._clock.wall_s())
+            delivery = NatsDelivery(self._publish, queue, subject, ack_subject, headers, data, self._clock.wall_s(), self._on_ended)
         except (ValueError, KeyError) as error:
             # Not written by a gateway: nobody waits for it and it would come back for ever.
             log.warning("%s is not a step and is removed: %s", subject, error)
             self.counters["malformed"] += 1
             self._publish.send(ack_subject, b"+TERM")
             return
+        self._held.add(subject)
         if closing:
             delivery.nak()
             return
+        self._publish.gather(len(self._held) >= _BUSY_FROM)
         self.counters["delivered"] += 1
         self.counters["redelivered"] += delivery.attempt > 1
         on_delivery(delivery)
+
+    def _on_ended(self, subject: str) -> None:
+        self._held.discard(subject)
+        self._publish.gather(len(self._held) >= _BUSY_FROM)
 
     async def result(self, tenant: str, step_id: str) -> StepResult | None:
         return await kept.read(self._js, tenant, step_id)
