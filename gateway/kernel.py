@@ -30,6 +30,7 @@ from gateway.ports import GatewayBus, Tracer
 from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, Step, StepEvent, StepResult, Target, TargetStatus
 
 log = logging.getLogger(__name__)
+LATE_BY_S = 0.05  # gRPC cancels a call at its deadline, by a clock of its own
 ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
 
 
@@ -103,7 +104,14 @@ class Kernel:
             return await self._execute_durably(step)
         with self._begin(step) as passage:
             await self._admit(passage)
-            return self._completed(passage, await self._dispatch(passage))
+            region = self._route(passage)
+            waiting = self._bus.execute(passage.step, region)
+            passage.stored(self._clock.now_s())
+            try:
+                return self._completed(passage, await waiting)
+            except asyncio.CancelledError:
+                self._withdraw(passage, region)
+                raise
 
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
         with self._begin(step) as passage:
@@ -127,7 +135,7 @@ class Kernel:
                     raise Expired("the deadline passed before the step was done", scope=passage.flow.scope) from None
                 except (asyncio.CancelledError, GeneratorExit):
                     if region:
-                        self._spawn(self._bus.withdraw(step, region))
+                        self._withdraw(passage, region)
                     raise
 
     async def _execute_durably(self, step: Step) -> Completed:
@@ -196,19 +204,6 @@ class Kernel:
             raise
         return None
 
-    async def _dispatch(self, passage: Passage) -> StepResult:
-        step, region = passage.step, self._route(passage)
-        waiting = self._bus.execute(step, region)
-        passage.stored(self._clock.now_s())
-        timer = asyncio.get_running_loop().call_later(self._remaining_s(passage.flow), _expire, waiting, passage.flow.scope)
-        try:
-            return await waiting
-        except asyncio.CancelledError:
-            self._spawn(self._bus.withdraw(step, region))
-            raise
-        finally:
-            timer.cancel()
-
     def _completed(self, passage: Passage, result: StepResult) -> Completed:
         """Raises the error that the result stands for, unless it is done."""
         passage.result = result
@@ -218,8 +213,18 @@ class Kernel:
         admission_s = passage.dispatched_s - passage.arrived_s
         return outcome.completed(result, admission_s, self._clock.now_s() - passage.arrived_s)
 
+    def _withdraw(self, passage: Passage, region: str) -> None:
+        """The caller has gone. A step that is late as well needs nothing: it is not started any more, or stops by itself."""
+        if not self._is_late(passage.flow):
+            self._spawn(self._bus.withdraw(passage.step, region))
+
+    def _is_late(self, flow: Flow) -> bool:
+        return flow.deadline_s <= self._clock.wall_s() + LATE_BY_S
+
     def _end(self, passage: Passage, error: BaseException | None) -> None:
         now_s = self._clock.now_s()
+        if isinstance(error, asyncio.CancelledError) and self._is_late(passage.flow):
+            error = Expired("the caller's deadline passed", scope=passage.flow.scope)
         passage.advance(_ENDING_EVENTS.get(type(error), Event.FAIL) if error else Event.SUCCEED)
         self.counts[passage.state.value] += 1
         self.service_ns += int((now_s - passage.arrived_s) * 1e9)
@@ -364,11 +369,6 @@ _ENDING_EVENTS: dict[type[BaseException], Event] = {
     asyncio.CancelledError: Event.CANCEL,
     GeneratorExit: Event.CANCEL,
 }
-
-
-def _expire(waiting: "asyncio.Future[StepResult]", scope: str) -> None:
-    if not waiting.done():
-        waiting.set_exception(Expired("the deadline passed before the step was done", scope=scope))
 
 
 async def _quietly(work: Coroutine[Any, Any, None]) -> None:

@@ -86,7 +86,7 @@ class GatewayBus(Protocol):
         """Stores the step in the region's queue; the future ends with its result, whatever the status.
 
         It raises Rejected (reason QUEUE_FULL), InvalidStep (too large for the transport) or Unavailable (not known to be stored
-        after retries with the same id). A reply that was lost is found again in the results stream. Cancelling the future
+        after retries with the same id), Expired (a moment after the deadline, when no result has come). A reply that was lost is found again in the results stream. Cancelling the future
         forgets the step here and nothing else.
         """
         ...

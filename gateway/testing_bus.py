@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
-from gateway.errors import InvalidStep, NearloopError, Unavailable
+from gateway.errors import Expired, InvalidStep, NearloopError, Unavailable
 from gateway.ports import Delivery, Queue, Subscription
 from gateway.testing_broker import Broker, DeadLetter, MemoryPuller
 from gateway.types import Job, Payload, Step, StepEvent, StepResult, Target, WorkerInfo
@@ -115,6 +115,8 @@ class MemoryGatewayBus(_Side):
         self._futures[step.id] = future
         self._broker.waiting[reply_to] = on_result
         future.add_done_callback(forget)
+        late = Expired("the deadline passed before the step was done", scope=region)
+        self._broker.call_later(max(0.0, step.deadline_s - self._broker.clock.wall_s()), lambda: self._fail(future, late))
         return future
 
     async def submit(self, job: Job) -> tuple[Job, bool]:

@@ -200,6 +200,32 @@ async def test_a_deadline_that_has_passed_is_not_dispatched() -> None:
         assert w.worker.deliveries.empty()
 
 
+async def test_a_step_that_nobody_ends_expires() -> None:
+    async with world() as w:
+        running = asyncio.create_task(w.kernel.execute(w.step()))
+        await w.worker.deliveries.get()
+        w.clock.advance(31)
+        with pytest.raises(Expired):
+            await running
+        assert w.kernel.counts == {"expired": 1}
+        assert w.kernel._gates["tool.echo"].inflight == 0
+
+
+async def test_a_call_that_is_cancelled_at_its_deadline_counts_as_expired_and_withdraws_nothing() -> None:
+    async with world() as w:
+        cancelled: list[str] = []
+        await w.worker.bus.on_cancel(lambda tenant, step_id: cancelled.append(step_id))
+        running = asyncio.create_task(w.kernel.execute(w.step()))
+        await w.worker.deliveries.get()
+        w.clock.advance(29.99)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert w.kernel.counts == {"expired": 1}
+        assert not w.kernel._background
+        assert not cancelled
+
+
 async def test_a_tenant_over_its_rate_is_refused_with_a_hint() -> None:
     async with world({"use": "token_bucket", "rate_per_s": 2, "burst": 1}) as w:
         running = asyncio.create_task(w.kernel.execute(w.step(id="s1")))

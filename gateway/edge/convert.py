@@ -112,7 +112,8 @@ def payload_from_proto(message: pb.Payload) -> Payload | None:
     which = message.WhichOneof("value")
     if which == "content":
         content = message.content
-        return Payload(content.data, content.content_type)
+        # The constant, not a copy of it for each of thousands of steps in flight.
+        return Payload(content.data, JSON if content.content_type == JSON else content.content_type)
     if which == "json":
         # Sorted: a Struct has no order, and the same one sent again must be the same job.
         return Payload(dump_json(struct_from_proto(message.json), sort_keys=True), JSON)

@@ -18,7 +18,7 @@ from gateway.edge import headers as h
 from gateway.edge.jetstream import STREAM_FULL, ApiError, JetStream, NoAnswer, checked
 from gateway.edge.link import Link
 from gateway.edge.lookup import is_queued
-from gateway.errors import InvalidStep, NearloopError, Rejected, Unavailable
+from gateway.errors import Expired, InvalidStep, NearloopError, Rejected, Unavailable
 from gateway.types import Step, StepResult
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _LAST_LOOK_S = 120.0
 _DUPLICATE_LOOK_S = 0.5
 _LOOKS_AT_ONCE = 32
 KEEP_AFTER_DEADLINE_S = 60
+_GRACE_S = 0.1  # for the result that says so
 _BUSY_FROM = 8  # steps waited for
 
 
@@ -165,9 +166,15 @@ class Dispatcher:
                 for pending in due:
                     if pending.future.done():
                         self._drop(pending)
+                self._sweep_expired(self._clock.wall_s() - _GRACE_S)
                 await self._look([one for one in due if not one.future.done() and one.step.id not in self._unacked], now_s)
             except Exception:  # the sweep is what repairs; it must outlive its own faults
                 log.exception("a sweep over the waiting steps failed")
+
+    def _sweep_expired(self, before_s: float) -> None:
+        """The worker ends a step that is late, unless there is none any more."""
+        for pending in [one for one in self._pending.values() if one.step.deadline_s <= before_s]:
+            self._fail(pending, Expired("the deadline passed before the step was done", scope=pending.region))
 
     def _sweep_unacked(self, now_s: float) -> None:
         for pending in [one for one in self._unacked.values() if one.due_s <= now_s or one.future.done()]:

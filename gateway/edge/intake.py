@@ -85,7 +85,7 @@ class Intake:
             id=self._new_id(),
             tenant=tenant,
             kind=kind,
-            target=message.target,
+            target=target.name,
             input=payload,
             deadline_s=self._clock.wall_s() + timeout_s,
             lane=lane,
