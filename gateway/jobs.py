@@ -1,6 +1,7 @@
 """Durably stored steps: stored once for each idempotency key, ended exactly once, found again by every gateway."""
 
 import hashlib
+import json
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -13,7 +14,7 @@ from gateway.core import outcome
 from gateway.errors import AlreadyExists, NotFound
 from gateway.feed import StepFeed
 from gateway.ports import GatewayBus
-from gateway.types import Completed, Job, JobState, JobStatus, Kind, Status, Step, StepEvent, StepResult, Target
+from gateway.types import JSON, Completed, Job, JobState, JobStatus, Kind, Status, Step, StepEvent, StepResult, Target
 
 
 class Jobs:
@@ -109,6 +110,9 @@ class Jobs:
 
 
 def _digest(step: Step) -> str:
-    """Tells two uses of one key apart."""
-    parts = (step.kind.value.encode(), step.target.encode(), step.input.content_type.encode(), step.input.data)
+    """Tells two uses of one key apart. JSON is compared by what it says, not by its spaces and the order of its keys."""
+    data = step.input.data
+    if step.input.content_type == JSON:
+        data = json.dumps(json.loads(data), sort_keys=True).encode()
+    parts = (step.kind.value.encode(), step.target.encode(), step.input.content_type.encode(), data)
     return hashlib.sha256(b"\x00".join(parts)).hexdigest()

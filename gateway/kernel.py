@@ -10,17 +10,16 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.core import outcome, routing
-from gateway.core.admission import AdmissionChain, Reservations
+from gateway.core.admission import AdmissionChain
 from gateway.core.faults import Faults
 from gateway.core.gate import Gate, GatePolicies, Ticket
-from gateway.core.lifecycle import Event, State, advance
+from gateway.core.lifecycle import Event
+from gateway.core.passage import Passage
 from gateway.errors import Cancelled, Expired, NearloopError, Rejected, Unavailable
 from gateway.feed import StepFeed
 from gateway.jobs import Jobs
@@ -32,36 +31,6 @@ from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, 
 log = logging.getLogger(__name__)
 LATE_BY_S = 0.05  # gRPC cancels a call at its deadline, by a clock of its own
 ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
-
-
-@dataclass(slots=True, eq=False)
-class Passage:
-    """A step on its way: what it holds and how far it is. Leaving the `with` block ends its permits, span and lifecycle."""
-
-    step: Step
-    flow: Flow
-    arrived_s: float
-    span: object
-    end: Callable[["Passage", BaseException | None], None]
-    state: State = State.RECEIVED
-    reserved: Reservations | None = None
-    gate: Gate | None = None
-    inflight: int = 0
-    dispatched_s: float = 0.0
-    result: StepResult | None = None
-
-    def advance(self, event: Event) -> None:
-        self.state = advance(self.state, event)
-
-    def stored(self, now_s: float) -> None:
-        self.dispatched_s = now_s
-        self.advance(Event.STORE)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.end(self, error)
 
 
 class Kernel:
@@ -231,16 +200,8 @@ class Kernel:
         self._tracer.end(passage.span, error)
         if passage.gate is None or passage.reserved is None:
             return
-        result, ending = passage.result, outcome.ending(error)
-        sample = Sample(
-            scope=passage.flow.scope,
-            ending=ending,
-            round_trip_s=now_s - passage.dispatched_s if passage.dispatched_s else 0.0,
-            queue_s=result.queue_us / 1e6 if result else 0.0,
-            service_s=result.service_us / 1e6 if result else 0.0,
-            inflight=passage.inflight,
-            cost=passage.flow.cost,
-        )
+        ending = outcome.ending(error)
+        sample = passage.sample(ending, now_s)
         self._chain.ended(passage.reserved, passage.flow, sample, now_s)
         for named in (*self._policies.all(Slot.LIMIT), *self._policies.all(Slot.OBSERVER)):
             try:

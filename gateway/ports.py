@@ -85,9 +85,9 @@ class GatewayBus(Protocol):
     def execute(self, step: Step, region: str) -> "Future[StepResult]":
         """Stores the step in the region's queue; the future ends with its result, whatever the status.
 
-        It raises Rejected (reason QUEUE_FULL), InvalidStep (too large for the transport) or Unavailable (not known to be stored
-        after retries with the same id), Expired (a moment after the deadline, when no result has come). A reply that was lost is found again in the results stream. Cancelling the future
-        forgets the step here and nothing else.
+        It raises Rejected (reason QUEUE_FULL), InvalidStep (too large for the transport), Unavailable (not known to be stored after
+        retries with the same id), or Expired (no result a moment after the deadline). A reply that was lost is found again in the
+        results stream. Cancelling the future forgets the step here and nothing else.
         """
         ...
 

@@ -298,6 +298,8 @@ async def test_submit_is_the_same_job_for_the_same_key() -> None:
         await until(lambda: w.worker.deliveries.qsize() == 1)
         with pytest.raises(AlreadyExists, match="idempotency_key"):
             await w.kernel.submit(w.step(idempotency_key="k", input=Payload(b'{"a":2}')))
+        same, created = await w.kernel.submit(w.step(idempotency_key="k", input=Payload(b'{ "a" : 1 }')))
+        assert (same.job.step.id, created) == (one.job.step.id, False)
         other, created = await w.kernel.submit(w.step(tenant="other", idempotency_key="k"))
         assert created
         assert other.job.step.id != one.job.step.id
