@@ -78,6 +78,7 @@ def triton_part(state_dir: Path, repository: str, grpc_port: int, http_port: int
         probe=lambda: probes.http_ready(f"http://127.0.0.1:{http_port}/v2/health/ready"),
         address=f"127.0.0.1:{grpc_port}",
         explain=triton_aftermath.explain_failure,
+        ailment=triton_aftermath.StubWatch().ailment,
         clean_up=clean_up,
         ready_timeout_s=120.0,
     )

@@ -14,6 +14,7 @@ from gateway.part_log import PartLog
 
 _PROBE_EVERY_S = (0.03, 0.25)  # first and longest pause between two readiness probes
 _PROBE_TIMEOUT_S = 3.0
+_ASK_EVERY_S = 1.0  # how often a running part is asked what ails it
 _BACKOFF_S = (0.2, 10.0)  # first and longest pause before a restart, halved at most by jitter
 _GROUP_GONE_PROBES = 200  # 10 ms apart
 _STABLE_S = 20.0  # a part that ran as long starts again at the first pause
@@ -29,6 +30,8 @@ class Part:
 
     probe answers whether it is ready; exceptions count as no. after: parts that must be ready before each start. uses: parts that
     it needs while it runs, so it is stopped before them. explain turns the end of its log into a sentence, or empty.
+    ailment, asked with the process id when the part is ready and about once a second from then on, says why the process does its work
+    no longer though it runs; empty when it does. A part that ails is killed and started again. It must neither block nor raise.
     clean_up is called whenever the process and its whole group are gone. env None inherits the supervisor's environment.
     """
 
@@ -40,6 +43,7 @@ class Part:
     after: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     explain: Callable[[str], str] | None = None
+    ailment: Callable[[int], str] | None = None
     before_start: Callable[[], None] | None = None
     clean_up: Callable[[], None] | None = None
     ready_timeout_s: float = 60.0
@@ -138,13 +142,15 @@ class Supervised:
             return f"{self.part.name}: {self.part.argv[0]} cannot be started: {error.strerror}"
         ready = await self._until_ready(process)
         too_slow = not ready and process.returncode is None
+        ailment = ""
         if ready:
             self._announce(asyncio.get_running_loop().time() - started_s)
-        elif too_slow:
+            ailment = await self._until_ailing(process)
+        if too_slow or ailment:
             kill_group(process.pid)
         await process.wait()
         await self._gone(process)
-        return self._reason(process, too_slow)
+        return f"{self.part.name} was killed: {ailment}" if ailment else self._reason(process, too_slow)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         if self.part.before_start is not None:
@@ -183,6 +189,22 @@ class Supervised:
             probing.cancel()
             ending.cancel()
             await asyncio.wait({probing, ending})
+
+    async def _until_ailing(self, process: asyncio.subprocess.Process) -> str:
+        """What ails it; empty when the process ended by itself."""
+        if self.part.ailment is None:
+            await process.wait()
+            return ""
+        ending = asyncio.create_task(process.wait())
+        try:
+            while process.returncode is None:
+                if ailment := self.part.ailment(process.pid):
+                    return ailment
+                await asyncio.wait({ending}, timeout=_ASK_EVERY_S)
+            return ""
+        finally:
+            ending.cancel()
+            await asyncio.wait({ending})
 
     async def _probe(self) -> None:
         pause_s, longest_s = _PROBE_EVERY_S

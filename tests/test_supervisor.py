@@ -143,6 +143,39 @@ async def test_a_part_that_ends_by_itself_is_started_again(tmp_path: Path, make:
         await lines.said("ready again")
 
 
+async def test_a_part_that_ails_is_killed_and_started_again(tmp_path: Path, make: Make) -> None:
+    asked: list[int] = []
+
+    def ailment(pid: int) -> str:
+        asked.append(pid)
+        return "its helper has died" if pid == asked[0] and len(asked) > 1 else ""
+
+    async with running(tmp_path, make("worker", "stubborn", ailment=ailment)) as (supervisor, lines):
+        first = supervisor.part("worker").pid
+        assert "worker was killed: its helper has died; starting it again in" in await lines.said("killed")
+        await lines.said("ready again")
+        assert not alive(first)
+        assert asked[:2] == [first, first]
+        assert first not in asked[2:]
+        assert supervisor.part("worker").pid not in (0, first)
+        assert supervisor.part("worker").restarts == 1
+
+
+async def test_a_part_that_is_well_may_still_die(tmp_path: Path, make: Make) -> None:
+    asked: list[int] = []
+
+    def ailment(pid: int) -> str:
+        asked.append(pid)
+        return ""
+
+    async with running(tmp_path, make("worker", ailment=ailment)) as (supervisor, lines):
+        first = supervisor.part("worker").pid
+        await supervisor.part("worker").kill()
+        assert "was killed by SIGKILL; starting it again in" in await lines.said("SIGKILL")
+        await lines.said("ready again")
+        assert list(dict.fromkeys(asked)) == [first, supervisor.part("worker").pid]
+
+
 async def test_a_part_that_crashes_at_the_first_start_ends_everything(tmp_path: Path, make: Make) -> None:
     with pytest.raises(PartFailed, match=r"^worker ended with exit code 1: no such model: 'plan'$"):
         async with running(tmp_path, make("broker"), make("worker", "crash")):

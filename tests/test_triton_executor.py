@@ -23,8 +23,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from gateway import tensors
 from gateway.config import Config, TritonSection
 from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unavailable
+from gateway.policy import BatchView, Named, OnError, Slot
+from gateway.testing import ManualClock
 from gateway.types import JSON, TENSORS, Kind, Payload, Step, TensorSpec
 from workers import triton_aftermath, triton_server
+from workers.batching import Batching
 from workers.triton import TritonExecutor
 from workers.triton_codec import Form, Model, decode, encode, join
 
@@ -374,9 +377,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
         self.status: tuple[grpc.StatusCode, str] | None = None
+        self.up = True
+        self.asked = 0
+        self.hold: asyncio.Event | None = None
+        self.holding = asyncio.Event()
+        self.max_batch_size = 0
 
     async def ServerReady(self, request: Any, context: Any) -> Any:
-        return service_pb2.ServerReadyResponse(ready=True)
+        return service_pb2.ServerReadyResponse(ready=self.up)
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         index = service_pb2.RepositoryIndexResponse()
@@ -390,10 +398,16 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         return answer
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:
-        return service_pb2.ModelConfigResponse()
+        answer = service_pb2.ModelConfigResponse()
+        answer.config.max_batch_size = self.max_batch_size
+        return answer
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         self.metadata = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        self.asked += 1
+        if self.hold is not None:
+            self.holding.set()
+            await self.hold.wait()
         if self.status is not None:
             await context.abort(*self.status)
         return answer(("json", "BYTES", [1], request.raw_input_contents[0]))
@@ -444,4 +458,108 @@ async def test_each_status_of_triton_has_its_meaning(
     with pytest.raises(raises) as failure:
         await executor.execute(work("m", {}))
     assert failure.value.code == code
-    assert executor.ready("m")  # the server itself is there
+    assert executor.ready("m") is ("Stub process" not in details)  # the server itself is there
+
+
+LOST = (grpc.StatusCode.INTERNAL, "Failed to process the request(s) for model 'm_0_0', message: Stub process 'm_0_0' is not healthy.")
+
+
+async def test_a_model_without_a_process_is_tried_by_one_step_now_and_then(fake: tuple[FakeTriton, TritonExecutor]) -> None:
+    triton, executor = fake
+    executor._clock = clock = ManualClock()
+    triton.status = LOST
+    for pause_s in (1.0, 2.0, 4.0):
+        with pytest.raises(Unavailable, match="has lost its process"):
+            await executor.execute(work("m", {}))
+        asked = triton.asked
+        assert not executor.ready("m")
+        with pytest.raises(Unavailable):
+            await executor.execute(work("m", {}))
+        assert triton.asked == asked, "Triton is left alone meanwhile"
+        clock.advance(pause_s)
+        assert executor.ready("m")
+    triton.status, triton.hold = None, asyncio.Event()
+    trying = asyncio.create_task(executor.execute(work("m", {})))
+    await triton.holding.wait()
+    assert not executor.ready("m")
+    with pytest.raises(Unavailable):
+        await executor.execute(work("m", {}))
+    triton.hold.set()
+    assert (await trying).data == b"{}"
+    assert executor.ready("m")
+    assert (await executor.execute(work("m", {}))).data == b"{}"
+
+
+@pytest.mark.parametrize("ends", ["refused", "cancelled", "server"])
+async def test_how_else_a_try_or_a_pause_ends(fake: tuple[FakeTriton, TritonExecutor], ends: str) -> None:
+    triton, executor = fake
+    executor._clock = clock = ManualClock()
+    triton.status = LOST
+    with pytest.raises(Unavailable):
+        await executor.execute(work("m", {}))
+    if ends == "server":  # one that was away has started all its processes
+        triton.up = False
+        with pytest.raises(Unavailable):
+            await executor._refresh()
+        triton.up = True
+        await executor._refresh()
+        assert executor.ready("m")
+        return
+    clock.advance(1.0)
+    if ends == "refused":  # the model itself said so: it has a process
+        triton.status = (grpc.StatusCode.INVALID_ARGUMENT, "text: missing")
+        with pytest.raises(StepFailed):
+            await executor.execute(work("m", {}))
+        assert not executor._lost
+    else:  # nothing was found out: the next step tries
+        triton.status, triton.hold = None, asyncio.Event()
+        trying = asyncio.create_task(executor.execute(work("m", {})))
+        await triton.holding.wait()
+        trying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await trying
+        assert executor._lost
+    assert executor.ready("m")
+
+
+class Pairs:
+    """A batching policy: two at a time."""
+
+    def __init__(self) -> None:
+        self.views: list[BatchView] = []
+        self.sizes: list[int] = []
+
+    def wait_s(self, view: BatchView, now_s: float) -> float:
+        self.views.append(view)
+        return 0.0 if view.size == 2 else 60.0
+
+    def on_batch(self, size: int, service_s: float, now_s: float) -> None:
+        self.sizes.append(size)
+
+
+async def test_the_batching_policy_decides_when_steps_go(fake: tuple[FakeTriton, TritonExecutor]) -> None:
+    triton, executor = fake
+    policy = Pairs()
+    executor._batching = Batching(Named("pairs", Slot.BATCHING, policy, OnError.ADMIT), lambda target: 5)
+    triton.max_batch_size = 4
+    executor._served = {}
+    await executor._refresh()
+    first, cancelled = (asyncio.create_task(executor.execute(work("m", {"n": n}))) for n in (1, 0))
+    cancelled.cancel()  # before it even came
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert (triton.asked, len(policy.views)) == (0, 1)
+    second = executor.execute(work("m", {"n": 2}))
+    assert [json.loads(output.data) for output in await asyncio.gather(first, second)] == [{"n": 1}, {"n": 2}]
+    assert triton.asked == 2
+    assert [(view.size, view.max_size, view.idle_slots) for view in policy.views] == [(1, 4, 4), (2, 4, 3)]
+    assert policy.sizes == [2]
+
+
+async def test_a_step_that_cannot_be_encoded_enters_no_batch(fake: tuple[FakeTriton, TritonExecutor]) -> None:
+    _, executor = fake
+    policy = Pairs()
+    executor._batching = Batching(Named("pairs", Slot.BATCHING, policy, OnError.ADMIT), lambda target: 5)
+    with pytest.raises(InvalidStep):
+        await executor.execute(work("m", b"{}", content_type="text/plain"))
+    assert policy.views == []

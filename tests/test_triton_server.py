@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from workers.lexical import DIMENSIONS, embed
-from workers.triton_aftermath import end_stubs, explain_failure, remove_shared_memory
+from workers.triton_aftermath import LostProcess, StubWatch, end_stubs, explain_failure, remove_shared_memory
 from workers.triton_server import MODEL_REPOSITORY, command, prepare
 
 needs_wheel = pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="nvidia-pytriton is not installed")
@@ -209,6 +210,39 @@ async def test_a_killed_server_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @needs_wheel
 @pytest.mark.stack
+async def test_a_killed_model_process_is_noticed_at_the_second_look(tmp_path: Path) -> None:
+    server = start(MODEL_REPOSITORY, tmp_path, free_ports(3))
+    try:
+        await server.until_ready()
+        watch, late = StubWatch(), StubWatch()
+        pid = server.process.pid
+        assert [watch.ailment(pid) for _ in range(3)] == ["", "", ""]
+        with os.scandir("/proc") as folders:
+            commands = {int(one.name): Path(one.path, "cmdline") for one in folders if one.name.isdecimal()}
+        (stub,) = [number for number, path in commands.items() if is_stub_of(path, server.prefix, "echo_0_0")]
+        exited = os.pidfd_open(stub)
+        os.kill(stub, signal.SIGKILL)
+        assert select.select([exited], [], [], 20)[0]  # readable when it has ended
+        os.close(exited)
+        assert watch.ailment(pid) == ""
+        assert watch.ailment(pid) == "the process of model instance echo_0_0 has died"
+        assert late.ailment(pid) == ""  # one that never saw it alive knows it by the name that a zombie keeps
+        assert f"process id {stub}" in late.ailment(pid)
+        assert watch.ailment(os.getpid()) == ""  # another process, another story: this one has no model processes
+    finally:
+        stop(server)
+
+
+def is_stub_of(cmdline: Path, prefix: str, instance: str) -> bool:
+    try:
+        line = cmdline.read_bytes()
+    except OSError:
+        return False
+    return prefix.encode() in line and instance.encode() in line
+
+
+@needs_wheel
+@pytest.mark.stack
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -244,3 +278,22 @@ def assert_fails(folder: Path, ports: list[int], *said: str) -> None:
     assert "\n" not in sentence
     for words in said:
         assert words in sentence
+
+
+def test_a_lost_process_is_tried_by_one_step_at_a_time_and_ever_more_rarely() -> None:
+    lost, now_s, pauses = LostProcess(), 1000.0, []
+    lost.failed(now_s, 1.0)
+    lost.failed(now_s + 0.5, 1.0)  # a step that was in work as well: the pause stays as it is
+    assert lost.may_try(now_s + 1.0)
+    for _ in range(7):
+        begun_s = now_s
+        while not lost.may_try(now_s):
+            now_s += 0.25
+        pauses.append(now_s - begun_s)
+        with lost.trying():
+            assert not lost.may_try(now_s + 1000.0)
+            lost.failed(now_s, 1.0)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    lost.failed(now_s, 0.0)
+    assert not lost.may_try(now_s + 22.25)
+    assert lost.may_try(now_s + 30.0)

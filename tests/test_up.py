@@ -31,6 +31,8 @@ DOCUMENT = {
     "worker": {"drain_s": 1.0},
 }
 
+HELD = ("infer", "busy", "--input", '{"ms": 3000}', "--timeout", "60")
+
 
 def configuration(**sections: object) -> Config:
     return parse(DOCUMENT | sections)
@@ -111,6 +113,28 @@ async def test_triton_is_part_of_it_and_leaves_no_shared_memory() -> None:
             assert (other.nats_url, other.triton_url) == (stack.nats_url, stack.triton_url)
     assert not processes_of(state_dir)
     assert shared_memory() <= before
+
+
+@pytest.mark.parametrize("model", ["echo", "tokens"])
+async def test_a_model_whose_process_was_killed_works_again(model: str) -> None:
+    """As after an OOM kill: Triton starts no other process for it and calls itself ready as before."""
+    lines: list[str] = []
+    async with Stack(configuration(), on_line=lines.append, workers=[("infer", "home")]) as stack:
+        ask = ("infer", model, "--input", '{"text": "one", "delay_ms": 1}', "--timeout", "60", "--address", stack.gateway_address)
+        assert (await asyncio.to_thread(nearloop, "execute", *ask)).returncode == 0
+        server = psutil.Process(stack.part("triton").pid)
+        (stub,) = [child for child in server.children() if f"/{model}/" in " ".join(child.cmdline())]
+        held = asyncio.create_task(asyncio.to_thread(nearloop, "execute", *HELD, "--address", stack.gateway_address))
+        stub.kill()
+        executed, submitted = await asyncio.gather(*(asyncio.to_thread(nearloop, command, *ask) for command in ("execute", "submit")))
+        assert executed.returncode == 0, executed.stderr
+        assert submitted.returncode == 0, submitted.stderr
+        watched = await asyncio.to_thread(nearloop, "watch", submitted.stdout.split()[0], "--address", stack.gateway_address)
+        assert watched.returncode == 0, watched.stderr
+        assert (await held).returncode == 0, "a step of another model survives the restart"
+        assert stack.part("triton").restarts == 1
+        (said,) = [line for line in lines if line.startswith("triton was killed")]
+        assert f"the process of model instance {model}_0_0 has died; starting it again in" in said
 
 
 async def test_a_model_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from gateway.policy import Slot
 from gateway.ports import Executor
 from gateway.serve import default_name, log_fault
 from gateway.types import Kind
+from workers.batching import Batching
+from workers.catalogue import merge_target
 from workers.inner import InnerCalls
 from workers.runtime import WorkerRuntime
 from workers.stats import WorkerStats
@@ -67,7 +69,7 @@ def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.Plu
     if kind is Kind.INFER:
         from workers.triton import TritonExecutor
 
-        return TritonExecutor(config, region)
+        return TritonExecutor(config, region, batching=_build_batching(config, manager))
     if kind is Kind.TOOL:
         from workers.tools import ToolsExecutor
 
@@ -80,6 +82,14 @@ def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.Plu
         model = next((section.embed_target for section in config.retrieve.collections), "embed")
         return calls.wrap(RetrieveExecutor(config, TensorEmbedder(lambda payload: calls.infer(model, payload))))
     raise ConfigError("worker", [f"nothing here executes steps of kind {kind.value}: a plugin must bring nearloop_executor"])
+
+
+def _build_batching(config: Config, manager: pluggy.PluginManager) -> Batching | None:
+    """None without a policy for it: each step is sent at once. Raises ConfigError."""
+    named = loader.build_policies(config, manager).one(Slot.BATCHING)
+    if named is None:
+        return None
+    return Batching(named, lambda target: merge_target(config.target_section(target.kind, target.name), target).slots)
 
 
 async def run_worker(

@@ -1,6 +1,7 @@
 """The executor for models in Triton Inference Server.
 
-One channel. Batching is Triton's: each step is sent at once (policy `passthrough`), the slots of its target bound how many are there.
+One channel. Steps are separate requests, of which Triton's own batcher makes executions; the batching policy, when there is one, may hold
+steps back so that they arrive there together. The slots of a target bound how many are there.
 """
 
 import asyncio
@@ -13,12 +14,15 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from gateway.clock import Clock, SystemClock
 from gateway.config import Config
 from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unavailable
 from gateway.ports import Work
 from gateway.types import Payload, Target
+from workers.batching import Batching
+from workers.triton_aftermath import LostProcess
 from workers.triton_catalogue import CALL_TIMEOUT_S, Served, TritonCatalogue
-from workers.triton_codec import decode, encode, join
+from workers.triton_codec import Form, decode, encode, join
 
 log = logging.getLogger("nearloop.worker.triton")
 
@@ -48,18 +52,29 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 class TritonExecutor:
     """Serves every ready model of one Triton; models that come and go later are noticed within about a second."""
 
-    def __init__(self, config: Config, region: str, *, random_source: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        config: Config,
+        region: str,
+        *,
+        batching: Batching | None = None,
+        clock: Clock | None = None,
+        random_source: Callable[[], float] = random.random,
+    ) -> None:
         """region is where this worker is; the models' home is the region of the configuration's [triton]."""
         self._address = config.triton.url.removeprefix("grpc://")
         self._max_message_bytes = config.triton.max_message_bytes
         self._home_region = config.triton.region
         self._region = region
+        self._batching = batching
+        self._clock = clock or SystemClock()
         self._random = random_source
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._catalogue: TritonCatalogue | None = None
         self._served: dict[str, Served] = {}
         self._announced: dict[str, Target] = {}  # a model that is gone stays a target: its steps wait in their queue
+        self._lost: dict[str, LostProcess] = {}  # models whose process has died while their server lives
         self._up = False
         self._look = asyncio.Event()
         self._refresher: asyncio.Task[None] | None = None
@@ -91,7 +106,10 @@ class TritonExecutor:
         return tuple(self._announced.values())
 
     def ready(self, target: str) -> bool:
-        return self._up and target in self._served
+        if not self._up or target not in self._served:
+            return False
+        lost = self._lost.get(target)
+        return lost is None or lost.may_try(self._clock.now_s())
 
     async def execute(self, work: Work) -> Payload:
         """Raises InvalidStep, StepFailed, Expired; Unavailable while Triton or the model is away."""
@@ -99,12 +117,41 @@ class TritonExecutor:
         served = self._served.get(step.target)
         if served is None or not self._up:
             raise Unavailable(f"model {step.target} is not ready in Triton at {self._address}")
+        lost = self._lost.get(step.target)
+        if lost is not None and not lost.may_try(self._clock.now_s()):
+            raise self._no_process(step.target)
         request, form = encode(served.model, step.input, step.id)
         if len(step.input.data) > self._max_message_bytes // 2 and request.ByteSize() > self._max_message_bytes:
             raise InvalidStep([("input", f"is larger than the {self._max_message_bytes} bytes that go to Triton in one message")])
         metadata = [("traceparent", step.traceparent)] if step.traceparent else []
         if step.tracestate:
             metadata.append(("tracestate", step.tracestate))
+        if lost is not None:
+            with lost.trying():
+                return await self._try_again(work, served, request, form, metadata)
+        if self._batching is None:
+            return await self._send(work, served, request, form, metadata)
+        batcher = self._batching.of(served.target)
+        batch, answered = await batcher.enter(work.remaining_s()), False
+        try:
+            output = await self._send(work, served, request, form, metadata)
+            answered = True
+            return output
+        finally:
+            batcher.leave(batch, answered=answered)
+
+    async def _try_again(self, work: Work, served: Served, request: Any, form: Form, metadata: list[tuple[str, str]]) -> Payload:
+        """One step finds out whether a lost process is back; it waits for no batch."""
+        model = work.step.target
+        try:
+            output = await self._send(work, served, request, form, metadata)
+        except StepFailed:  # the model's own answer
+            self._found(model)
+            raise
+        self._found(model)
+        return output
+
+    async def _send(self, work: Work, served: Served, request: Any, form: Form, metadata: list[tuple[str, str]]) -> Payload:
         timeout_s = min(work.remaining_s(), 3600.0)
         try:
             if not served.model.decoupled:
@@ -117,7 +164,7 @@ class TritonExecutor:
                     work.emit(token)
             return join(tokens, form)
         except grpc.aio.AioRpcError as error:
-            raise self._translate(error, step.target) from None
+            raise self._translate(error, work.step.target) from None
 
     async def _infer(self, request: Any, metadata: list[tuple[str, str]], timeout_s: float) -> Any:
         call = self._stub.ModelInfer(request, metadata=metadata, timeout=timeout_s)
@@ -150,12 +197,29 @@ class TritonExecutor:
             self._look.set()  # is it the server, the model, or only its queue?
             return Unavailable(f"Triton at {self._address} cannot take work for model {model} now ({code.name})")
         if code is grpc.StatusCode.INTERNAL and "Stub process" in details:  # the Python backend's process died
-            return Unavailable(f"model {model} lost its process in Triton at {self._address}")
+            self._lose(model)
+            return self._no_process(model)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Expired(f"model {model} did not answer before the deadline")
         if code is grpc.StatusCode.INVALID_ARGUMENT:
             return StepFailed(_text(model, details), code=code.name, reason="MODEL_REFUSED_INPUT")
         return StepFailed(_text(model, details), code=code.name, reason="MODEL_FAILED")
+
+    # ---- models without a process ----------------------------------------------------------------------------------------------
+
+    def _lose(self, model: str) -> None:
+        lost = self._lost.get(model)
+        if lost is None:
+            log.warning("%s; its work stays in the queue but for one step now and then that tries", self._no_process(model).message)
+            lost = self._lost[model] = LostProcess()
+        lost.failed(self._clock.now_s(), self._random())
+
+    def _found(self, model: str) -> None:
+        if self._lost.pop(model, None) is not None:
+            log.info("model %s has a process again in Triton at %s", model, self._address)
+
+    def _no_process(self, model: str) -> Unavailable:
+        return Unavailable(f"model {model} has lost its process in Triton at {self._address}")
 
     # ---- readiness -----------------------------------------------------------------------------------------------------------
 
@@ -168,13 +232,17 @@ class TritonExecutor:
                 raise Unavailable(f"Triton at {self._address} is not ready: it still loads a model, or failed to")
             self._served = await self._catalogue.read(self._served)
         except grpc.aio.AioRpcError as error:
-            self._up = False
+            self._went_away()
             raise Unavailable(f"Triton at {self._address} does not answer ({error.code().name})") from None
         except Unavailable:
-            self._up = False
+            self._went_away()
             raise
         self._announced |= {name: served.target for name, served in self._served.items()}
         self._up = True
+
+    def _went_away(self) -> None:
+        self._up = False
+        self._lost.clear()  # a server that starts again starts all its processes
 
     async def _keep_fresh(self) -> None:
         was_up = True

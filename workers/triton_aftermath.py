@@ -1,14 +1,18 @@
-"""What to do after a Triton has ended: say why in one sentence, and clear away what a killed one leaves behind."""
+"""What to do after a Triton, or a model's process in it, has ended: notice it, say why, and clear away what is left behind."""
 
 import os
 import re
 import select
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 STUB = "triton_python_backend_stub"
 _SHM_DIR = Path("/dev/shm")  # where POSIX shared memory lives on Linux
 _LONGEST_REASON = 300
+_COMM = STUB[:15]  # what the kernel keeps of a process's name, also for a zombie
+_TRY_EVERY_S = (1.0, 30.0)  # first and longest pause before a step tries a model that has lost its process
 
 
 def explain_failure(log_text: str) -> str:
@@ -92,8 +96,98 @@ def end_stubs(prefix: str) -> int:
 
 
 def _is_alive(pid: int) -> bool:
+    return _state(pid) not in ("", "Z", "X")
+
+
+def _state(pid: int) -> str:
+    """One letter; empty for a process that is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return state not in ("Z", "X")
+        return ""
+
+
+class StubWatch:
+    """Notices model processes that died under a server that lives.
+
+    Triton 2.51 starts no other one, calls server and model ready as before, fails each later request after a second and leaves those
+    that were in work without an answer; only a new server helps.
+    """
+
+    def __init__(self) -> None:
+        self._server = 0
+        self._stubs: dict[int, str] = {}  # process id: instance, such as echo_0_0
+        self._dead: set[int] = set()  # at the last look
+
+    def ailment(self, server: int) -> str:
+        """What is wrong with the server of this process id, empty when nothing is.
+
+        Asked about once a second; a stub counts as dead when two looks in a row find it so, since a server that ends by itself
+        loses its stubs a moment before.
+        """
+        if server != self._server:
+            self._server, self._stubs, self._dead = server, {}, set()
+        for pid in _children(server):
+            if pid not in self._stubs and (instance := _instance(pid)):
+                self._stubs[pid] = instance
+        dead = {pid for pid in self._stubs if not _is_alive(pid)}
+        for_good, self._dead = dead & self._dead, dead
+        if not for_good:
+            return ""
+        return f"the process of model instance {', '.join(sorted(self._stubs[pid] for pid in for_good))} has died"
+
+
+def _children(pid: int) -> list[int]:
+    """Of all its threads: whichever started a process is its parent."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, path.read_text().split())
+        except OSError:
+            continue  # the thread has ended
+    return found
+
+
+def _instance(pid: int) -> str:
+    """The model instance whose stub this process is; empty for another process."""
+    try:
+        if Path(f"/proc/{pid}/comm").read_text().strip() != _COMM:
+            return ""
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return argv[8].decode(errors="replace") if len(argv) > 8 else f"with process id {pid}"  # a zombie has no arguments
+
+
+class LostProcess:
+    """A model that has lost its process in a server that is not ours to start again: when may a step try it?
+
+    The pause doubles with each step that tried in vain, with jitter, so that many workers do not try at once. Times in seconds.
+    """
+
+    __slots__ = ("_not_before_s", "_pause_s", "_trying")
+
+    def __init__(self) -> None:
+        self._pause_s = 0.0
+        self._not_before_s = 0.0
+        self._trying = False
+
+    def may_try(self, now_s: float) -> bool:
+        return not self._trying and now_s >= self._not_before_s
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Meanwhile nobody else may."""
+        self._trying = True
+        try:
+            yield
+        finally:
+            self._trying = False
+
+    def failed(self, now_s: float, random: float) -> None:
+        """A step found no process. Steps that were sent before the first of them failed change nothing."""
+        if self._pause_s and not self._trying:
+            return
+        first_s, longest_s = _TRY_EVERY_S
+        self._pause_s = min(max(first_s, self._pause_s * 2.0), longest_s)
+        self._not_before_s = now_s + self._pause_s * (0.75 + random / 4)

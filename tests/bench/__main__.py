@@ -36,6 +36,7 @@ from tests.bench.parts import BenchError, LoadGenerator, Parts
 
 IN_FLIGHT, QUICK_IN_FLIGHT = (1, 16, 64, 256), (1, 64)
 HELD_STEPS, QUICK_HELD_STEPS = 5000, 500
+RETRY_LONGER = 5
 MEMORY = "memory"
 
 
@@ -54,9 +55,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
     arguments.only = arguments.only or names
     return arguments
-
-
-RETRY_LONGER = 5
 
 
 class Run:
