@@ -27,7 +27,7 @@ from gateway.errors import ConfigError, NearloopError
 from gateway.kernel import Kernel
 from gateway.policy import Slot
 from gateway.ports import Executor
-from gateway.serve import default_name, log_fault
+from gateway.serve import default_name, log_fault, tune_collector
 from gateway.types import Kind
 from workers.batching import Batching
 from workers.catalogue import merge_target
@@ -135,6 +135,7 @@ async def run_worker(
         )
         await responder.start()
         manager.hook.nearloop_started(role="worker", name=name)
+        tune_collector()
         if ready_file:
             Path(ready_file).write_text(name)
         log.info("%s worker %s is ready in region %s: %s", kind.value, name, region, ", ".join(runtime.info().targets))
