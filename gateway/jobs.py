@@ -106,7 +106,8 @@ class Jobs:
         return await self._bus.result(step.tenant, step.id)
 
     def _keep_s(self, job: Job) -> float:
-        return self._config.nats.job_keep_s + max(0.0, job.step.deadline_s - self._clock.wall_s())
+        """Longer than the record: a job that can still be found must not look as if it had no result."""
+        return self._config.nats.job_keep_s + max(0.0, job.step.deadline_s - self._clock.wall_s()) + 60
 
 
 def _digest(step: Step) -> str:

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from gateway.clock import Clock
@@ -87,7 +88,7 @@ class Kernel:
             await self._admit(passage)
             step, region = passage.step, ""
             if step.idempotency_key:
-                job, _ = await self._jobs.store(step)
+                job, _ = await self._jobs.store(self._outliving(step))
                 feed = self._jobs.feed(job)
             else:
                 region = self._route(passage)
@@ -110,7 +111,7 @@ class Kernel:
     async def _execute_durably(self, step: Step) -> Completed:
         with self._begin(step) as passage:
             await self._admit(passage)
-            job, _ = await self._jobs.store(passage.step)
+            job, _ = await self._jobs.store(self._outliving(passage.step))
             passage.stored(self._clock.now_s())
             feed = self._jobs.feed(job)
             try:
@@ -121,6 +122,11 @@ class Kernel:
             except TimeoutError:
                 pass
             raise Expired(f"the deadline passed; the step goes on as job {job.step.id}", scope=passage.flow.scope)
+
+    def _outliving(self, step: Step) -> Step:
+        """A key can be asked for again, so its job does not end with the patience of the first caller: it gets the target's time."""
+        target = self.target(step.kind, step.target)
+        return replace(step, deadline_s=max(step.deadline_s, self._clock.wall_s() + target.timeout_s)) if target else step
 
     def _begin(self, step: Step) -> Passage:
         flow = self._classify(step)
@@ -320,7 +326,7 @@ class Kernel:
         task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._background)
+        await asyncio.gather(*self._background, return_exceptions=True)
 
 
 _ENDING_EVENTS: dict[type[BaseException], Event] = {

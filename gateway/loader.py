@@ -36,6 +36,8 @@ METHODS: dict[Slot, tuple[str, ...]] = {
     Slot.OBSERVER: ("rejected", "ended"),
 }
 SINGLE = (Slot.FAIRNESS, Slot.ORDERING)
+# Part of the contract, and asked by nobody in this version: refused rather than silently ignored.
+NOT_ASKED = (Slot.TAIL_SAMPLING, Slot.REDACTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ def build_policies(config: Config, manager: pluggy.PluginManager) -> PolicySet:
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(types))}"
             problems.append(f"{where}: there is no policy {section.use!r}; {hint}")
             continue
+        if policy_type.slot in NOT_ASKED:
+            problems.append(f"{where}: nothing asks policies of the slot {policy_type.slot} in this version: take it out")
         if name in names:
             problems.append(f"{where}: the name {name!r} is taken: give this instance a name of its own")
         names.add(name)

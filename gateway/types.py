@@ -1,7 +1,7 @@
 """The words of Nearloop as frozen values. Standard library only; no I/O, no clock."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -188,12 +188,16 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A durably stored step: its record, as written once. Where it stands follows from result and time."""
+    """A durably stored step. Where it stands follows from result and time."""
 
     step: Step
     region: str
     created_s: float
     digest: str  # of kind, target and input, to notice a key that is used again for something else
+
+    def record(self) -> "Job":
+        """What is kept of it when the step has left its queue: everything but the input."""
+        return replace(self, step=replace(self.step, input=Payload(b"", self.step.input.content_type)))
 
 
 class JobState(StrEnum):

@@ -124,6 +124,19 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     loader.build_policies(loaded, loader.find_plugins(loaded))
 
 
+def test_a_slot_that_nothing_asks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "redacting_plugin.py").write_text(
+        "from dataclasses import dataclass\nfrom gateway import PolicyType, Slot, hookimpl\n\n"
+        "@dataclass(frozen=True)\nclass C:\n    'None.'\n\n"
+        "class P:\n    def __init__(self, config): pass\n    def redact(self, attributes): return {}\n\n"
+        "@hookimpl\ndef nearloop_policy_types():\n    return [PolicyType('redacting', Slot.REDACTION, C, P)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parsed = config.parse({"plugins": ["redacting_plugin"], "policies": [{"use": "redacting"}]})
+    with pytest.raises(ConfigError, match="nothing asks policies of the slot redaction"):
+        loader.build_policies(parsed, loader.find_plugins(parsed))
+
+
 def test_a_target_section_becomes_a_target() -> None:
     section = config.parse({"targets": [{"kind": "tool", "name": "a", "slots": 3}]}).target_section(Kind.TOOL, "a")
     assert section

@@ -315,6 +315,19 @@ async def test_execute_with_a_key_finds_the_result_again() -> None:
         assert w.worker.deliveries.empty()
 
 
+async def test_a_key_outlives_the_first_callers_patience() -> None:
+    async with world() as w:
+        first = asyncio.create_task(w.kernel.execute(w.step(idempotency_key="k", deadline_s=w.clock.wall_s() + 0.01)))
+        delivery = await w.worker.deliveries.get()
+        assert delivery.step.deadline_s == w.clock.wall_s() + TARGET.timeout_s
+        w.clock.advance(0.02)
+        with pytest.raises(Expired, match="goes on as job home-"):
+            await first
+        again = asyncio.create_task(w.kernel.execute(w.step(idempotency_key="k")))
+        await w.worker.end(delivery)
+        assert (await again).result.status is Status.DONE
+
+
 async def test_watch_resumes_after_a_sequence_number() -> None:
     async with world() as w:
         status, _ = await w.kernel.submit(w.step(idempotency_key="k"))

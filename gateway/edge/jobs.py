@@ -21,7 +21,7 @@ _BUSY_TRIES = 50
 
 
 class JobStore:
-    """Writes and reads job records; the records live in the region's stream, next to the queue."""
+    """Writes and reads job records, which live in the region's stream next to the queue; the input is in the queued step alone."""
 
     def __init__(self, js: JetStream, clock: Clock, job_keep_s: float) -> None:
         self._js, self._clock, self._keep_s = js, clock, job_keep_s
@@ -38,7 +38,7 @@ class JobStore:
         for _ in range(_BUSY_TRIES):
             try:
                 await self._store(job, call)
-                return job, True
+                return job.record(), True
             except ApiError as error:
                 if error.err_code in WRONG_LAST_SEQUENCE:
                     found = await self._find(job.region, job.step.tenant, job.step.id)
@@ -61,7 +61,7 @@ class JobStore:
         record_ttl_s = max(1, math.ceil(step.deadline_s - now_s + self._keep_s))
         record = codec.job_headers(job, extra=f"{batch}1\r\n{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {record_ttl_s}s\r\n")
         token = codec.step_headers(step, extra=f"{batch}2\r\nNats-Batch-Commit: 1\r\n{codec.H_TTL}: {step_ttl_s(step, now_s)}s\r\n")
-        if not link.send(subjects.job(job.region, step.tenant, step.id), step.input.data, record):
+        if not link.send(subjects.job(job.region, step.tenant, step.id), b"", record):
             raise NoAnswer("the send buffer is full")
         subject = subjects.step(job.region, step.kind, step.target, step.lane, step.id)
         await self._js.publish(subject, step.input.data, token)
