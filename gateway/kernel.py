@@ -16,16 +16,15 @@ from typing import Any
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.core import outcome, routing
-from gateway.core.admission import AdmissionChain
 from gateway.core.faults import Faults
-from gateway.core.gate import Gate, GatePolicies, Ticket
 from gateway.core.lifecycle import Event
 from gateway.core.passage import Passage
 from gateway.errors import Cancelled, Expired, NearloopError, Rejected, Unavailable
 from gateway.feed import StepFeed
 from gateway.jobs import Jobs
 from gateway.loader import PolicySet
-from gateway.policy import Ending, Reject, Sample, Slot
+from gateway.permits import Permits
+from gateway.policy import Slot
 from gateway.ports import GatewayBus, Tracer
 from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, Step, StepEvent, StepResult, Target, TargetStatus
 
@@ -52,17 +51,12 @@ class Kernel:
         self._policies = policies
         self._bus = bus
         self._clock = clock
-        self._random = random
         self._tracer = tracer
         self._catalogue = {target.scope: target for target in (*catalogue, *(section.target() for section in config.targets))}
         self.faults = faults
         self.counts: Counter[str] = Counter()  # how steps ended, by state
         self.service_ns = 0  # from arrival to the end, all steps together
-        self._chain = AdmissionChain(policies.all(Slot.ADMISSION), self.faults, random)
-        self._gate_policies = GatePolicies(
-            policies.all(Slot.LIMIT), policies.one(Slot.FAIRNESS), policies.one(Slot.ORDERING), policies.all(Slot.BACKPRESSURE)
-        )
-        self._gates: dict[str, Gate] = {}
+        self._permits = Permits(policies, clock, random, faults)
         self._routes: dict[str, tuple[float, tuple[Endpoint, ...]]] = {}
         self._jobs = Jobs(config, bus, clock, self.target)
         self._background: set[asyncio.Task[None]] = set()
@@ -73,7 +67,7 @@ class Kernel:
         if step.idempotency_key:
             return await self._execute_durably(step)
         with self._begin(step) as passage:
-            await self._admit(passage)
+            await self._permits.acquire(passage)
             region = self._route(passage)
             waiting = self._bus.execute(passage.step, region)
             passage.stored(self._clock.now_s())
@@ -85,7 +79,7 @@ class Kernel:
 
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
         with self._begin(step) as passage:
-            await self._admit(passage)
+            await self._permits.acquire(passage)
             step, region = passage.step, ""
             if step.idempotency_key:
                 job, _ = await self._jobs.store(self._outliving(step))
@@ -110,7 +104,7 @@ class Kernel:
 
     async def _execute_durably(self, step: Step) -> Completed:
         with self._begin(step) as passage:
-            await self._admit(passage)
+            await self._permits.acquire(passage)
             job, _ = await self._jobs.store(self._outliving(passage.step))
             passage.stored(self._clock.now_s())
             feed = self._jobs.feed(job)
@@ -134,50 +128,6 @@ class Kernel:
         passage = Passage(step, flow, self._clock.now_s(), span, self._end)
         passage.advance(Event.CLASSIFY)
         return passage
-
-    async def _admit(self, passage: Passage) -> None:
-        flow, now_s = passage.flow, passage.arrived_s
-        if flow.deadline_s <= self._clock.wall_s():
-            raise Expired("the deadline has passed already", scope=flow.scope)
-        gate = self._gate(flow.scope)
-        reserved, reject, policy = self._chain.enter(flow, gate.view(now_s), now_s)
-        if reject:
-            raise self._rejected(flow, reject, policy)
-        try:
-            reject = await self._through(gate, passage)
-            if reject:
-                raise self._rejected(flow, reject, policy=reject.reason.lower())
-        except BaseException:
-            self._chain.release(reserved, flow, self._clock.now_s())
-            raise
-        passage.reserved, passage.gate, passage.inflight = reserved, gate, gate.inflight
-        passage.advance(Event.ADMIT)
-
-    async def _through(self, gate: Gate, passage: Passage) -> Reject | None:
-        """Waits, where waiting is allowed, until the gate grants a place."""
-        ticket = Ticket(passage.flow, passage.arrived_s)
-        reject = gate.offer(ticket, passage.arrived_s)
-        if reject or not ticket.waiting:
-            return reject
-        granted = asyncio.Event()
-        ticket.wake = granted.set
-        try:
-            async with asyncio.timeout(min(ticket.give_up_s - passage.arrived_s, self._remaining_s(passage.flow))):
-                await granted.wait()
-        except TimeoutError:
-            now_s = self._clock.now_s()
-            if not gate.abandon(ticket, now_s):
-                return None  # granted in the last moment
-            if passage.flow.deadline_s <= self._clock.wall_s():
-                raise Expired("the deadline passed while the step waited for a permit", scope=gate.scope) from None
-            message = f"no permit for {gate.scope} within {now_s - passage.arrived_s:.1f} s"
-            return Reject("WAIT_TIMEOUT", message, gate.scope, gate.retry_after_s(passage.flow, now_s))
-        except asyncio.CancelledError:
-            now_s = self._clock.now_s()
-            if not gate.abandon(ticket, now_s):
-                gate.release(now_s, completed=False)
-            raise
-        return None
 
     def _completed(self, passage: Passage, result: StepResult) -> Completed:
         """Raises the error that the result stands for, unless it is done."""
@@ -204,20 +154,7 @@ class Kernel:
         self.counts[passage.state.value] += 1
         self.service_ns += int((now_s - passage.arrived_s) * 1e9)
         self._tracer.end(passage.span, error)
-        if passage.gate is None or passage.reserved is None:
-            return
-        ending = outcome.ending(error)
-        sample = passage.sample(ending, now_s)
-        self._chain.ended(passage.reserved, passage.flow, sample, now_s)
-        for named in (*self._policies.all(Slot.LIMIT), *self._policies.all(Slot.OBSERVER)):
-            try:
-                if named.slot is Slot.LIMIT:
-                    named.policy.on_sample(sample, now_s)
-                else:
-                    named.policy.ended(passage.flow, sample, now_s)
-            except Exception as fault:
-                self.faults.note(named, fault)
-        passage.gate.release(now_s, completed=ending is Ending.SUCCEEDED)
+        self._permits.release(passage, outcome.ending(error))
 
     # ---- decisions -------------------------------------------------------------------------------------------------------------
 
@@ -240,8 +177,9 @@ class Kernel:
             candidates = self._endpoints(flow.kind, flow.target)
             if any(endpoint.workers for endpoint in candidates):
                 self._routes[scope] = (now_s, candidates)
-        region = routing.choose(self._policies.all(Slot.ROUTING), candidates, flow, now_s, self.faults)
-        if region is None or not any(endpoint.workers for endpoint in candidates):
+        live = [endpoint for endpoint in candidates if endpoint.workers]
+        region = routing.choose(self._policies.all(Slot.ROUTING), live, flow, now_s, self.faults)
+        if region is None:
             message = f"no worker serves {scope} now: start one, or submit a job, which waits for it"
             raise Unavailable(message, reason="NO_WORKERS", scope=scope, retry_after_s=self._config.worker.heartbeat_s)
         return region
@@ -252,42 +190,21 @@ class Kernel:
         regions = self._config.region_names
         return routing.endpoints(target, regions, self._bus.workers(), lambda region: self._config.round_trip_s(here, region))
 
-    def _rejected(self, flow: Flow, reject: Reject, policy: str) -> Rejected:
-        for named in self._policies.all(Slot.OBSERVER):
-            try:
-                named.policy.rejected(flow, policy, reject.reason, self._clock.now_s())
-            except Exception as error:
-                self.faults.note(named, error)
-        return Rejected(reject.message, reason=reject.reason, scope=reject.scope, policy=policy, retry_after_s=reject.retry_after_s)
-
-    def _gate(self, scope: str) -> Gate:
-        gate = self._gates.get(scope)
-        if gate is None:
-            gate = self._gates[scope] = Gate(scope, self._gate_policies, self.faults, self._random)
-        return gate
-
-    def _remaining_s(self, flow: Flow) -> float:
-        return max(0.0, flow.deadline_s - self._clock.wall_s())
-
     # ---- jobs ------------------------------------------------------------------------------------------------------------------
 
     async def submit(self, step: Step) -> tuple[JobStatus, bool]:
         """Jobs wait in the queue, not at the gate: only the admission chain is asked."""
-        flow, now_s = self._classify(step), self._clock.now_s()
-        gate = self._gate(flow.scope)
-        reserved, reject, policy = self._chain.enter(flow, gate.view(now_s), now_s)
-        if reject:
-            raise self._rejected(flow, reject, policy)
+        flow = self._classify(step)
+        reserved = self._permits.reserve(flow)
         step, span = self._tracer.start(step, flow)
         try:
             job, created = await self._jobs.store(step)
         except BaseException as error:
-            self._chain.release(reserved, flow, self._clock.now_s())
+            self._permits.give_back(reserved, flow)
             self._tracer.end(span, error)
             raise
         self._tracer.end(span, None)
-        now_s = self._clock.now_s()
-        self._chain.ended(reserved, flow, Sample(flow.scope, Ending.IGNORED, 0.0, 0.0, 0.0, gate.inflight, flow.cost), now_s)
+        self._permits.settle(reserved, flow)
         return (JobStatus(job, JobState.QUEUED) if created else await self._jobs.status(job)), created
 
     async def job(self, tenant: str, job_id: str) -> JobStatus:

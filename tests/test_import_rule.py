@@ -59,7 +59,7 @@ def test_a_plugin_imports_public_names_and_core_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("gateway/edge/*.py"), ids=lambda path: path.stem)
 def test_an_edge_never_imports_the_kernel(path: Path) -> None:
-    forbidden = {"gateway.kernel", "gateway.jobs", "gateway.feed", "gateway.serve", "gateway.cli", "gateway.up"}
+    forbidden = {"gateway.kernel", "gateway.permits", "gateway.jobs", "gateway.feed", "gateway.serve", "gateway.cli", "gateway.up"}
     assert not imports(path) & forbidden
     assert not {module for module in imports(path) if module.startswith("plugins")}
 
@@ -72,6 +72,6 @@ def test_only_edges_and_composition_roots_import_the_transport_libraries() -> No
 
 
 def test_only_the_clock_imports_time() -> None:
-    data_path = [ROOT / f"gateway/{name}.py" for name in ("kernel", "jobs", "feed", "loader", "policy", "types", "subjects")]
+    data_path = [ROOT / f"gateway/{name}.py" for name in ("kernel", "permits", "jobs", "feed", "loader", "policy", "types", "subjects")]
     for path in [*data_path, *files("gateway/core/*.py"), *files("plugins/*.py")]:
         assert "time" not in imports(path), f"{path.name} reads time by itself"
