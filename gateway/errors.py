@@ -64,6 +64,13 @@ class Rejected(NearloopError):
     reason = "OVERLOADED"
 
 
+class Denied(Rejected):
+    """A policy said no, and will say no again."""
+
+    code = "PERMISSION_DENIED"
+    reason = "DENIED"
+
+
 class Expired(NearloopError):
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"

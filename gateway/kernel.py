@@ -19,7 +19,7 @@ from gateway.core import outcome, routing
 from gateway.core.faults import Faults
 from gateway.core.lifecycle import Event
 from gateway.core.passage import Passage
-from gateway.errors import Cancelled, Expired, NearloopError, Rejected, Unavailable
+from gateway.errors import Cancelled, Denied, Expired, NearloopError, Rejected, Unavailable
 from gateway.feed import StepFeed
 from gateway.jobs import Jobs
 from gateway.loader import PolicySet
@@ -29,6 +29,7 @@ from gateway.ports import GatewayBus, Tracer
 from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, Step, StepEvent, StepResult, Target, TargetStatus
 
 log = logging.getLogger(__name__)
+RECONNECT_PATIENCE_S = 2.0
 LATE_BY_S = 0.05  # gRPC cancels a call at its deadline, by a clock of its own
 ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
 
@@ -64,6 +65,8 @@ class Kernel:
     # ---- execute ---------------------------------------------------------------------------------------------------------------
 
     async def execute(self, step: Step) -> Completed:
+        if not self._bus.connected:
+            await self._need_transport()
         if step.idempotency_key:
             return await self._execute_durably(step)
         with self._begin(step) as passage:
@@ -78,6 +81,7 @@ class Kernel:
                 raise
 
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
+        await self._need_transport()
         with self._begin(step) as passage:
             await self._permits.acquire(passage)
             step, region = passage.step, ""
@@ -121,6 +125,15 @@ class Kernel:
         """A key can be asked for again, so its job does not end with the patience of the first caller: it gets the target's time."""
         target = self.target(step.kind, step.target)
         return replace(step, deadline_s=max(step.deadline_s, self._clock.wall_s() + target.timeout_s)) if target else step
+
+    async def _need_transport(self) -> None:
+        """Rides out a short break. Raises Unavailable when it is longer: then nothing was stored, and saying so at once is honest."""
+        give_up_s = self._clock.now_s() + RECONNECT_PATIENCE_S
+        while not self._bus.connected:
+            if self._clock.now_s() >= give_up_s:
+                message = "this gateway has lost its connection to NATS and tries to get it back"
+                raise Unavailable(message, reason="NOT_STORED", retry_after_s=RECONNECT_PATIENCE_S)
+            await asyncio.sleep(0.05)
 
     def _begin(self, step: Step) -> Passage:
         flow = self._classify(step)
@@ -194,6 +207,7 @@ class Kernel:
 
     async def submit(self, step: Step) -> tuple[JobStatus, bool]:
         """Jobs wait in the queue, not at the gate: only the admission chain is asked."""
+        await self._need_transport()
         flow = self._classify(step)
         reserved = self._permits.reserve(flow)
         step, span = self._tracer.start(step, flow)
@@ -208,15 +222,18 @@ class Kernel:
         return (JobStatus(job, JobState.QUEUED) if created else await self._jobs.status(job)), created
 
     async def job(self, tenant: str, job_id: str) -> JobStatus:
+        await self._need_transport()
         return await self._jobs.status(await self._jobs.find(tenant, job_id))
 
     async def watch(self, tenant: str, job_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]:
+        await self._need_transport()
         job = await self._jobs.find(tenant, job_id)
         async with aclosing(self._jobs.watch(job, attempt, after_sequence)) as items:
             async for item in items:
                 yield item
 
     async def cancel(self, tenant: str, job_id: str) -> JobStatus:
+        await self._need_transport()
         job = await self._jobs.find(tenant, job_id)
         await self._jobs.cancel(job)
         return await self._jobs.status(job)
@@ -250,6 +267,7 @@ _ENDING_EVENTS: dict[type[BaseException], Event] = {
     Expired: Event.EXPIRE,
     Cancelled: Event.CANCEL,
     Rejected: Event.REJECT,
+    Denied: Event.REJECT,
     asyncio.CancelledError: Event.CANCEL,
     GeneratorExit: Event.CANCEL,
 }

@@ -9,7 +9,7 @@ from gateway.core.faults import Faults
 from gateway.core.gate import Gate, GatePolicies, Ticket
 from gateway.core.lifecycle import Event
 from gateway.core.passage import Passage
-from gateway.errors import Expired, Rejected
+from gateway.errors import Denied, Expired, Rejected
 from gateway.loader import PolicySet
 from gateway.policy import Ending, Reject, Sample, Slot
 from gateway.types import Flow
@@ -120,4 +120,5 @@ class Permits:
                 named.policy.rejected(flow, policy, reject.reason, self._clock.now_s())
             except Exception as error:
                 self._faults.note(named, error)
-        return Rejected(reject.message, reason=reject.reason, scope=reject.scope, policy=policy, retry_after_s=reject.retry_after_s)
+        kind = Denied if reject.denied else Rejected
+        return kind(reject.message, reason=reject.reason, scope=reject.scope, policy=policy, retry_after_s=reject.retry_after_s)

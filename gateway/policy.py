@@ -72,12 +72,16 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Refuse now. reason is UPPER_SNAKE_CASE; scope says whose limit it is; retry_after_s is None when unknown."""
+    """Refuse now. reason is UPPER_SNAKE_CASE; scope says whose limit it is; retry_after_s is None when unknown.
+
+    denied: not a matter of load, so coming back is no use (PERMISSION_DENIED instead of RESOURCE_EXHAUSTED).
+    """
 
     reason: str
     message: str
     scope: str = ""
     retry_after_s: float | None = None
+    denied: bool = False
 
 
 Decision = Admit | Reject

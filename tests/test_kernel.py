@@ -200,6 +200,29 @@ async def test_a_deadline_that_has_passed_is_not_dispatched() -> None:
         assert w.worker.deliveries.empty()
 
 
+async def test_a_lost_transport_is_said_after_a_moment_and_a_short_break_is_ridden_out() -> None:
+    async with world() as w:
+        w.kernel._bus.connected = False  # type: ignore[misc]
+        calls = [
+            asyncio.create_task(w.kernel.execute(w.step())),
+            asyncio.create_task(w.kernel.submit(w.step())),
+            asyncio.create_task(w.kernel.job("acme", "home-x")),
+            asyncio.create_task(w.kernel.cancel("acme", "home-x")),
+        ]
+        await asyncio.sleep(0)
+        w.clock.advance(2.1)
+        for call in calls:
+            with pytest.raises(Unavailable, match="lost its connection") as caught:
+                await call
+            assert caught.value.reason == "NOT_STORED"
+        assert w.worker.deliveries.empty()
+        patient = asyncio.create_task(w.kernel.execute(w.step()))
+        await asyncio.sleep(0)
+        w.kernel._bus.connected = True  # type: ignore[misc]
+        await w.serve()
+        assert (await patient).result.status is Status.DONE
+
+
 async def test_a_step_that_nobody_ends_expires() -> None:
     async with world() as w:
         running = asyncio.create_task(w.kernel.execute(w.step()))
