@@ -45,7 +45,7 @@ proto: $(READY) ## regenerate the Python code of proto/
 
 lock: $(READY) ## resolve requirements.lock anew
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements.lock
+	$(BIN)/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --override config/lock-overrides.txt --generate-hashes --no-annotate --no-header -o requirements.lock
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
