@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 def doctor(
     config_file: ConfigFile = None,
     address: Address = DEFAULT_ADDRESS,
-    nats: Annotated[str, typer.Option(metavar="URL", help="The NATS server to look at.")] = "",
+    nats: Annotated[str, typer.Option(metavar="URL", envvar="NATS_URL", show_envvar=True, help="The NATS server to look at.")] = "",
     triton: Annotated[str, typer.Option(metavar="HOST:PORT", help="The Triton to look at, by its gRPC address.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:

@@ -53,7 +53,8 @@ async def stay_up(config: Config, state_dir: Path | None, triton: bool, gateways
         entering.result()
         try:
             on_line(
-                f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {addresses.shown_url(stack.nats_url)}, "
+                f"ready: gateway {', '.join(stack.gateway_addresses)}, nats {addresses.shown_url(stack.nats_url)} "
+                f"(its url with the token is in {stack.nats_url_file}), "
                 f"triton {stack.triton_url or 'none'}, state in {stack.state_dir}; Ctrl-C stops"
             )
             await asked

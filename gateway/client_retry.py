@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.errors import NearloopError, Rejected, Unavailable
+from gateway.errors import Denied, NearloopError, Rejected, Unavailable
 
 # Reasons that say the step never reached a queue, so that sending it again cannot execute it twice.
 NOT_STORED = frozenset({"NO_WORKERS", "NOT_STORED", "GATEWAY_UNREACHABLE"})
+
+# Refusals that waiting cannot help: the step is too much for the policy at any time.
+NEVER_FITS = frozenset({"COST_OVER_BURST"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,10 @@ class RetryPolicy:
 
 
 def may_retry(error: NearloopError, repeatable: bool) -> bool:
-    """A refusal is always safe to repeat; a lost connection only when the call is repeatable or is known not to be stored."""
+    """A refusal is always safe to repeat, though not always of use; a lost connection only when the call is repeatable or is known not
+    to be stored."""
     if isinstance(error, Rejected):
-        return True
+        return not isinstance(error, Denied) and error.reason not in NEVER_FITS
     return isinstance(error, Unavailable) and (repeatable or error.reason in NOT_STORED)
 
 

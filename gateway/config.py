@@ -81,7 +81,8 @@ class NatsSection(Section):
     replicas: Literal[1, 3, 5] = 1
     ack_wait_s: Annotated[float, Field(ge=1)] = 10.0
     publish_timeout_s: Positive = 5.0
-    max_queue_messages: PositiveInt = 100_000  # in a region's stream, job records included
+    # In a region's stream. A job's record, which has no input, counts as well, until job_keep_s after its deadline.
+    max_queue_messages: PositiveInt = 1_000_000
     max_queue_bytes: PositiveInt = 1024 * 1024 * 1024
     result_keep_s: Annotated[float, Field(ge=1)] = 300.0  # results of Execute
     job_keep_s: Annotated[float, Field(ge=60)] = 86_400.0  # jobs and their results, after their deadline
@@ -89,7 +90,7 @@ class NatsSection(Section):
 
 
 class RegionSection(Section):
-    """A place with workers. Without nats_urls it shares the servers of [nats]."""
+    """A place with workers. Without nats_urls it shares the servers of [nats]; in this version all regions must have the same ones."""
 
     name: RegionName
     nats_urls: tuple[str, ...] = ()
@@ -249,6 +250,11 @@ def _problems_across(config: Config) -> list[str]:
     for where, region in uses:
         if region not in names:
             problems.append(f"{where}: there is no region {region!r} in [[regions]]{_nearest(region, names)}")
+    if len({frozenset(config.nats_urls(name)) for name in names}) > 1:
+        problems.append(
+            "regions: they do not all have the same NATS servers, which is not supported in this version yet:"
+            " remove nats_urls from every region and name the servers in [nats] urls"
+        )
     scopes = [f"targets: {section.kind.value} {section.name}" for section in config.targets]
     tools = [f"tools.http: {tool.name}" for tool in config.tools.http]
     for twice in {item for items in (list(names), scopes, tools) for item in items if items.count(item) > 1}:

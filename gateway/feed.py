@@ -1,17 +1,19 @@
 """What happens to one step, as a stream: its events in order, each once, then its result.
 
-Events are not stored, so the feed asks the executing worker for a replay when it begins or sees a gap. The result is stored: whatever
-else gets lost, looking for it from time to time ends the feed.
+Events are not stored, so the feed asks the executing worker for a replay when it begins or sees a gap. Nobody answers for a step that is
+not executed yet, so a replay is never waited for: only events that it may fill a gap before are held until it is there. The result is
+stored: whatever else gets lost, looking for it from time to time ends the feed.
 """
 
 import asyncio
-from asyncio import Future
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from asyncio import Future, Task
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from gateway.clock import Clock
 from gateway.core.events import EventOrder
+from gateway.errors import Unavailable
 from gateway.ports import GatewayBus, Subscription
 from gateway.types import EventKind, StepEvent, StepResult
 
@@ -40,7 +42,10 @@ class StepFeed:
         self._step_id = step_id
         self._order = EventOrder(attempt, after_sequence)
         self._find_result = find_result
-        self._items: asyncio.Queue[StepEvent | Future[StepResult]] = asyncio.Queue()
+        self._items: asyncio.Queue[StepEvent | Future[StepResult]] = asyncio.Queue()  # events are in order here
+        self._held: list[StepEvent] = []  # came after a gap that a replay may fill
+        self._heard = False  # nothing before the latest event is missing, or it is known to be
+        self._replay: Task[Sequence[StepEvent]] | None = None
         self._subscription: Subscription | None = None
         self._outcome: Future[StepResult] | None = None
 
@@ -51,8 +56,12 @@ class StepFeed:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._outcome:
             self._outcome.cancel()
-        if self._subscription:
-            await self._subscription.close()
+        try:
+            if self._subscription:
+                await self._subscription.close()
+        finally:
+            if self._replay:
+                self._replay.cancel()
 
     def ends_with(self, outcome: "Future[StepResult]") -> None:
         """The result comes from here, and need not be looked for."""
@@ -61,35 +70,30 @@ class StepFeed:
 
     async def follow(self, deadline_s: float) -> AsyncGenerator[StepEvent | StepResult, None]:
         """Ends after the StepResult. Raises TimeoutError at deadline_s (wall clock), and what `ends_with` raises."""
-        if self._outcome is None:
-            result = await self._look()
-            if result is None:
-                for event in await self._replay():
-                    yield event
-            else:
-                yield result
-                return
+        result = await self._look()
+        if self._outcome is None and result is None and not self._heard and self._replay is None:
+            self._ask()
         pause_s = FIRST_LOOK_S
-        while True:
+        look_s = self._clock.now_s() + pause_s
+        while result is None:
             remaining_s = deadline_s - self._clock.wall_s()
             if remaining_s <= 0:
                 raise TimeoutError
-            item = await self._next(min(pause_s, remaining_s))
+            item = await self._next(min(look_s - self._clock.now_s(), remaining_s))
             if isinstance(item, Future):
-                yield item.result()
-                return
-            if item is None or item.kind is EventKind.ENDED:
-                pause_s = min(pause_s * 2, LONGEST_LOOK_S)
-                result = await self._look() if self._outcome is None else None
-                if result:
-                    yield result
-                    return
-                continue
-            if self._order.gap(item):
-                for event in await self._replay():
-                    yield event
-            if self._order.accept(item):
+                result = item.result()
+                break
+            told_end = item is not None and item.kind is EventKind.ENDED
+            if item is not None and not told_end:
                 yield item
+            # Also while events come: they may be those of a worker that has lost the step to another.
+            if item is None or told_end or look_s <= self._clock.now_s():
+                result = await self._look()
+                pause_s = FIRST_LOOK_S if told_end else min(pause_s * 2, LONGEST_LOOK_S)
+                look_s = self._clock.now_s() + pause_s
+        for event in self._rest():
+            yield event
+        yield result
 
     async def _next(self, timeout_s: float) -> "StepEvent | Future[StepResult] | None":
         try:
@@ -99,14 +103,55 @@ class StepFeed:
             return None
 
     async def _look(self) -> StepResult | None:
+        if self._outcome is not None:
+            return None
         if self._find_result:
             return await self._find_result()
         return await self._bus.result(self._tenant, self._step_id)
 
-    async def _replay(self) -> list[StepEvent]:
-        events = await self._bus.replay(self._tenant, self._step_id, self._order.attempt, self._order.sequence)
-        return [event for event in events if event.kind is not EventKind.ENDED and self._order.accept(event)]
-
     def _on_event(self, event: StepEvent) -> None:
-        if self._items.qsize() < MAX_BUFFERED or event.kind is EventKind.ENDED:
-            self._items.put_nowait(event)
+        if self._items.qsize() + len(self._held) >= MAX_BUFFERED and event.kind is not EventKind.ENDED:
+            return
+        if self._held:
+            self._held.append(event)
+        elif self._order.gap(event):
+            self._held.append(event)
+            self._ask()  # again, if need be: the worker may not have had the step yet when it was asked
+        else:
+            self._tell([event])
+
+    def _tell(self, events: Iterable[StepEvent]) -> None:
+        for event in events:
+            accepted = self._order.accept(event) if event.kind is not EventKind.ENDED else False
+            self._heard = self._heard or accepted
+            if accepted or event.kind is EventKind.ENDED:
+                self._items.put_nowait(event)
+
+    def _ask(self) -> None:
+        """Asks for a replay of what has been missed."""
+        if self._replay:
+            self._replay.cancel()
+        self._replay = asyncio.create_task(self._missed(), name="replay events")
+        self._replay.add_done_callback(self._on_replay)
+
+    async def _missed(self) -> Sequence[StepEvent]:
+        try:
+            return await self._bus.replay(self._tenant, self._step_id, self._order.attempt, self._order.sequence)
+        except Unavailable:
+            return []  # the result is what counts, and is looked for
+
+    def _on_replay(self, replay: "Task[Sequence[StepEvent]]") -> None:
+        if replay is self._replay and not replay.cancelled():
+            self._replay = None
+            self._tell(replay.result())
+            self._release()
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        self._tell(held)
+
+    def _rest(self) -> list[StepEvent]:
+        """What came before the result was known; a gap that no replay has filled yet stays one."""
+        self._release()
+        waiting = [self._items.get_nowait() for _ in range(self._items.qsize())]
+        return [item for item in waiting if isinstance(item, StepEvent) and item.kind is not EventKind.ENDED]

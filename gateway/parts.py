@@ -7,7 +7,9 @@ import sys
 import sysconfig
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from gateway import private_files
 from gateway.addresses import shown_url as shown_url
 from gateway.edge import probes
 from gateway.supervisor import Part, PartFailed
@@ -34,17 +36,17 @@ def find_nats_server() -> Path:
 
 def check_python() -> None:
     """Raises PartFailed on a Python that Nearloop does not run on."""
-    if not (3, 11) <= sys.version_info[:2] < (3, 14):
-        raise PartFailed(f"Python {sys.version_info.major}.{sys.version_info.minor} is not supported: use 3.11, 3.12 or 3.13")
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        raise PartFailed(f"Python {sys.version_info.major}.{sys.version_info.minor} is not supported: use 3.11 or 3.12")
 
 
-def nats_part(state_dir: Path, port: int, monitoring_port: int) -> Part:
+def nats_part(state_dir: Path, port: int, monitoring_port: int, token: str) -> Part:
+    """Who connects has to know the token: other users of this machine reach the port, and all inputs pass through there."""
     from gateway.edge.server_config import server_config
 
-    store = state_dir / "nats"
-    store.mkdir(exist_ok=True)
+    store = private_files.folder(state_dir / "nats")
     config = state_dir / "nats.conf"
-    config.write_text(server_config(port, str(store), monitor_port=monitoring_port))
+    private_files.write(config, server_config(port, str(store), monitor_port=monitoring_port, token=token))
     url = f"nats://127.0.0.1:{port}"
     return Part(
         name="nats",
@@ -149,12 +151,17 @@ def worker_part(
     )
 
 
+def _without_password(url: str) -> str:
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 async def check_existing_nats(urls: tuple[str, ...]) -> None:
     """Raises PartFailed when none of the servers answers, or when one has no JetStream."""
     problems = []
     for url in urls:
         try:
-            if (await probes.nats_info(url)).get("jetstream"):
+            if (await probes.nats_info(_without_password(url))).get("jetstream"):
                 return
             problems.append(f"the NATS server at {shown_url(url)} has JetStream off: turn it on, or leave --nats out to start one here")
         except (OSError, TimeoutError, ValueError) as error:

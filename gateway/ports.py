@@ -94,7 +94,8 @@ class GatewayBus(Protocol):
     async def submit(self, job: Job) -> tuple[Job, bool]:
         """Stores job record and step in one atomic batch; returns when both are durable.
 
-        Returns the stored job and True, or the job that was there already and False. Raises Rejected (QUEUE_FULL), InvalidStep.
+        Returns the job's record (without the input) and True, or that of the job that was there already and False.
+        Raises Rejected (QUEUE_FULL), InvalidStep.
         """
         ...
 
@@ -156,7 +157,7 @@ class Delivery(Protocol):
 
     @property
     def attempt(self) -> int:
-        """From 1; counts deliveries, those that were handed back included."""
+        """From 1; counts deliveries, those that were handed back included (`WorkerBus.hand_backs` has their number)."""
         ...
 
     @property
@@ -184,7 +185,7 @@ class Delivery(Protocol):
         ...
 
     def nak(self, delay_s: float = 0.0) -> None:
-        """Hands the step back, to be delivered again after delay_s."""
+        """To be delivered again after delay_s. Counts as a delivery that failed: a worker uses `WorkerBus.hand_back`."""
         ...
 
     def in_progress(self) -> None:
@@ -236,6 +237,14 @@ class WorkerBus(Protocol):
     async def result(self, tenant: str, step_id: str) -> StepResult | None: ...
 
     async def commit(self, result: StepResult, keep_s: float) -> bool: ...
+
+    async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
+        """Notes that the step was handed back, then naks. When the note cannot be written it naks all the same."""
+        ...
+
+    async def hand_backs(self, tenant: str, step_id: str) -> int:
+        """How often the step was handed back; what ended without a word, as when a worker died, is not among it."""
+        ...
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
         """Writes the one entry for the step to the dead-letter stream, with its input and the reason. Repeatable."""

@@ -32,6 +32,7 @@ MARK_LENGTH = 8
 RESULTS_REPUBLISH = {"src": "nl.result.*.*", "dest": f"nl.reply.{{{{left(2,{MARK_LENGTH})}}}}.{{{{wildcard(2)}}}}"}
 TARGETS_BUCKET = "nl-targets"  # key <kind>.<target>: what workers say about a target, JSON
 WORKERS_BUCKET = "nl-workers"  # key <region>.<worker>: heartbeats, JSON, gone when they stop
+HANDBACKS_BUCKET = "nl-handbacks"  # key <tenant>.<step id>: how often workers handed the step back, a number; gone after its deadline
 
 # Headers of a step message; the body is the input as sent.
 H_MSG_ID = "Nats-Msg-Id"
@@ -93,6 +94,10 @@ def job(region: str, tenant: str, step_id: str) -> str:
 
 def result(tenant: str, step_id: str) -> str:
     return f"nl.result.{tenant}.{step_id}"
+
+
+def hand_backs(tenant: str, step_id: str) -> str:
+    return f"$KV.{HANDBACKS_BUCKET}.{tenant}.{step_id}"
 
 
 def dead(region: str, kind: Kind, target: str, step_id: str) -> str:

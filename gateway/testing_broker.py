@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -88,6 +88,7 @@ class Broker:
     max_payload_bytes: int
     steps: dict[str, Stored] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
+    hand_backs: Counter[tuple[str, str]] = field(default_factory=Counter)  # by tenant and step id
     results: dict[str, tuple[StepResult, float]] = field(default_factory=dict)
     dead: dict[str, DeadLetter] = field(default_factory=dict)
     targets: dict[str, Target] = field(default_factory=dict)

@@ -124,8 +124,8 @@ class MemoryGatewayBus(_Side):
         known = self._broker.jobs.get(subjects.job(job.region, job.step.tenant, job.step.id))
         if known is not None:
             return known, False
-        self._broker.store(job.step, job.region, job=job)
-        return job, True
+        self._broker.store(job.step, job.region, job=job.record())
+        return job.record(), True
 
     async def job(self, tenant: str, job_id: str) -> Job | None:
         return self._broker.jobs.get(subjects.job(subjects.job_region(job_id), tenant, job_id))
@@ -182,6 +182,13 @@ class MemoryWorkerBus(_Side):
         self._pullers.append(puller)
         self._broker.pullers.append(puller)
         return puller
+
+    async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
+        self._broker.hand_backs[(delivery.step.tenant, delivery.step.id)] += 1
+        delivery.nak(delay_s)
+
+    async def hand_backs(self, tenant: str, step_id: str) -> int:
+        return self._broker.hand_backs[(tenant, step_id)]
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
         step, region = delivery.step, delivery.queue.region

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gateway import addresses, parts, toml_writer
+from gateway import addresses, parts, private_files, toml_writer
 from gateway.config import Config
 from gateway.guard import Guard
 from gateway.supervised import Supervised
@@ -76,7 +76,8 @@ class Stack:
 
     @property
     def nats_url(self) -> str:
-        urls = self.config.nats.urls
+        """With the password or token that it needs: not for people to see."""
+        urls = self.config.nats_urls(self.config.gateway.region)
         return urls[0] if urls else ""
 
     @property
@@ -87,6 +88,11 @@ class Stack:
     @property
     def config_file(self) -> Path:
         return self.state_dir / "nearloop.toml"
+
+    @property
+    def nats_url_file(self) -> Path:
+        """For operators: `export NATS_URL="$(cat FILE)"`. In an argument every user of the machine could read the token."""
+        return self.state_dir / "nats.url"
 
     @property
     def _supervisor(self) -> Supervisor:
@@ -150,9 +156,12 @@ class Stack:
         else:
             self.state_dir = self._wanted_dir.absolute()
             try:
-                self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # passwords of the NATS urls are in there
+                self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                owner = self.state_dir.stat().st_uid
             except OSError as error:
                 raise PartFailed(f"the state directory {self.state_dir} cannot be made: {error.strerror}") from error
+            if owner != os.geteuid():  # who could exchange the files in it
+                raise PartFailed(f"the state directory {self.state_dir} belongs to another user: name another --state-dir")
         self._guard.remove_shared_memory(self._shm_prefix)
         self._lock = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -160,7 +169,7 @@ class Stack:
         except BlockingIOError:
             raise PartFailed(f"{self.state_dir} is in use by another `nearloop up`: stop that or name another --state-dir") from None
         for folder in ("logs", "ready"):
-            (self.state_dir / folder).mkdir(exist_ok=True)
+            private_files.folder(self.state_dir / folder)
 
     def _close_state_dir(self) -> None:
         if self._lock >= 0:
@@ -173,13 +182,15 @@ class Stack:
         """The parts in the order of their dependencies; settles self.config and writes it down for them."""
         config, ports = self._asked, self._ports
         servers: list[Part] = []
-        if config.nats.urls or all(region.nats_urls for region in config.regions):
-            await parts.check_existing_nats(config.nats.urls or config.nats_urls(config.gateway.region))
+        if urls := config.nats_urls(config.gateway.region):
+            await parts.check_existing_nats(urls)
         else:
             monitoring_port = addresses.choose(ports.nats_monitoring, "--nats-http-port")
-            nats = parts.nats_part(self.state_dir, addresses.choose(ports.nats, "--nats-port"), monitoring_port)
+            nats_port, token = addresses.choose(ports.nats, "--nats-port"), secrets.token_hex(24)
+            nats = parts.nats_part(self.state_dir, nats_port, monitoring_port, token)
+            urls = (f"nats://{token}@127.0.0.1:{nats_port}",)
             self._monitoring_url = f"http://127.0.0.1:{monitoring_port}"
-            config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": (nats.address,)})})
+            config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": urls})})
             servers.append(nats)
         if config.triton.url and self._with_triton:
             await parts.check_existing_triton(config.triton.url)
@@ -198,7 +209,7 @@ class Stack:
         chosen = [addresses.choose(port if index == 0 else 0, "--listen", host) for index in range(self._gateways)]
         self.gateway_addresses = tuple(f"{config.gateway.listen.rpartition(':')[0]}:{number}" for number in chosen)
         self.config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"listen": self.gateway_addresses[0]})})
-        self.config_file.write_text(toml_writer.dumps(self.config.model_dump(mode="json")))
+        private_files.write(self.config_file, toml_writer.dumps(self.config.model_dump(mode="json")))
         first = [part for part in self._extra if not part.after]
         last = [part for part in self._extra if part.after]
         return [*first, *servers, *self._own_parts(tuple(part.name for part in servers), tuple(p.name for p in first)), *last]
@@ -233,7 +244,8 @@ class Stack:
             "config": str(self.config_file),
             "pids": {name: self.part(name).pid for name in self.part_names},
         }
-        (self.state_dir / "addresses.json").write_text(json.dumps(document, indent=2) + "\n")
+        private_files.write(self.state_dir / "addresses.json", json.dumps(document, indent=2) + "\n")
+        private_files.write(self.nats_url_file, f"{self.nats_url}\n")
 
 
 def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:

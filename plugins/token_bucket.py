@@ -2,7 +2,8 @@
 
 A token bucket for each tenant (Turner 1986; RFC 2697 without colours): it holds up to `burst` tokens, gains `rate_per_s` a second, and a
 step costs `Flow.cost` of them. State: one bucket a tenant, the least recently used one dropped beyond `max_tenants`; a dropped tenant
-starts with a full bucket again.
+starts with a full bucket again. A step that costs more than a whole burst is refused with COST_OVER_BURST and no hint: it can never pass,
+and clients do not try it again.
 """
 
 from collections import OrderedDict

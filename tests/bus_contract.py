@@ -144,17 +144,19 @@ class BusContract:
         gateway, worker = await rig.gateway(), await rig.worker()
         job = _job(rig.region, make_step(rig, id=subjects.job_id(rig.region, rig.tenant, Kind.TOOL, rig.target.name, "key")))
         other = Job(job.step, job.region, job.created_s + 5, "another-digest")
-        assert await gateway.submit(job) == (job, True)
-        assert await gateway.submit(other) == (job, False)
-        assert await gateway.job(rig.tenant, job.step.id) == job
-        assert await (await rig.gateway("g2")).job(rig.tenant, job.step.id) == job
+        record = job.record()
+        assert record.step.input.data == b""
+        assert await gateway.submit(job) == (record, True)
+        assert await gateway.submit(other) == (record, False)
+        assert await gateway.job(rig.tenant, job.step.id) == record
+        assert await (await rig.gateway("g2")).job(rig.tenant, job.step.id) == record
         assert await gateway.job("somebody-else", job.step.id) is None
         assert await gateway.job(rig.tenant, "nowhere-1") is None
         assert await gateway.is_queued(job.step, rig.region)
         delivery = await (await pull(rig, worker, 1)).next()
         assert (delivery.step, delivery.reply_to, delivery.pending) == (job.step, "", 0)
         assert await finish(worker, delivery, make_result(job.step))
-        assert await gateway.submit(other) == (job, False)
+        assert await gateway.submit(other) == (record, False)
         await eventually_true(lambda: _not_queued(gateway, job.step, rig.region))
 
     async def test_a_job_that_does_not_fit_leaves_nothing(self, make_rig: MakeRig) -> None:

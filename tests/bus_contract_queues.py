@@ -25,6 +25,25 @@ class QueueContract:
         await finish(worker, delivery, make_result(step, attempt=3))
         assert (await done(future)).attempt == 3
 
+    async def test_hand_backs_are_counted_and_other_ends_are_not(self, make_rig: MakeRig) -> None:
+        rig = await make_rig(ack_wait_s=1.0)
+        gateway, worker, other = await rig.gateway(), await rig.worker(), await rig.worker("w2")
+        inbox = await pull(rig, worker, 5)
+        step = make_step(rig)
+        future = gateway.execute(step, rig.region)
+        await worker.hand_back(await inbox.next(), 0.0)
+        assert await other.hand_backs(step.tenant, step.id) == 1
+        await other.hand_back(await inbox.next(), 0.05)
+        rig.pass_time(0.1)
+        assert (await inbox.next()).attempt == 3
+        rig.pass_time(1.5)  # this one ends without a word
+        delivery = await inbox.next()
+        assert (delivery.attempt, await worker.hand_backs(step.tenant, step.id)) == (4, 2)
+        assert await worker.hand_backs(step.tenant, make_step(rig).id) == 0
+        assert await worker.hand_backs("another", step.id) == 0
+        await finish(worker, delivery, make_result(step, attempt=4))
+        assert (await done(future)).attempt == 4
+
     async def test_only_the_first_end_counts(self, make_rig: MakeRig) -> None:
         rig = await make_rig()
         gateway, worker = await rig.gateway(), await rig.worker()

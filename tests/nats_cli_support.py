@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import aiohttp.web
 from stack_support import Broker
@@ -110,20 +111,25 @@ class Desk:
 
 
 class shop:
-    """The service behind `charge`, open at last."""
+    """The service behind `charge`, open at last. One that hangs takes orders and never answers."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, hangs: bool = False) -> None:
+        self._port, self._hangs = port, hangs
+        self.calls = 0
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         app = aiohttp.web.Application()
         app.router.add_post("/charges", self._post)
         self._runner = aiohttp.web.AppRunner(app, access_log=None, shutdown_timeout=1)
         await self._runner.setup()
         await aiohttp.web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
 
     async def _post(self, request: aiohttp.web.Request) -> aiohttp.web.Response:
+        self.calls += 1
+        if self._hangs:
+            await asyncio.Event().wait()
         return aiohttp.web.json_response({"paid": (await request.json())["order"]})

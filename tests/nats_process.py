@@ -7,16 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from gateway.addresses import free_port
 from gateway.edge.server_config import server_config
 
 MAX_PAYLOAD_BYTES = 1024 * 1024
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def find_server() -> str:

@@ -56,10 +56,11 @@ name = "notes"
 
 @dataclass
 class Service:
-    """An HTTP API that a tool calls: keeps the headers of what came, and can be told to hold its answers back."""
+    """An HTTP API that a tool calls: keeps the headers of what came; can be told to hold its answers back, or to be out of order."""
 
     headers: list[Mapping[str, str]] = field(default_factory=list)
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    is_down: bool = False
 
     def __post_init__(self) -> None:
         self.may_answer.set()
@@ -67,6 +68,8 @@ class Service:
     async def post(self, request: aiohttp.web.Request) -> aiohttp.web.Response:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         await self.may_answer.wait()
+        if self.is_down:
+            raise aiohttp.web.HTTPServiceUnavailable
         return aiohttp.web.json_response({"noted": (await request.json())["text"]})
 
 

@@ -21,7 +21,7 @@ from gateway.edge.link import Link
 from gateway.edge.worker_bus import NatsWorkerBus
 from gateway.errors import InvalidStep, Unavailable
 from gateway.ports import Delivery, Queue
-from gateway.types import Job, Kind, Lane, Payload, Target
+from gateway.types import Job, Kind, Lane, Payload, Target, WorkerInfo
 
 
 class NatsRig:
@@ -128,6 +128,34 @@ class TestNatsBus(BusContract, QueueContract, LiveContract):
         assert await done(future) == make_result(delivery.step)
         assert gateway.counters["recovered"] == 1
 
+    async def test_a_cancelled_watch_leaves_nothing(self, make_rig: MakeRig) -> None:
+        rig = await make_rig()
+        gateway = await rig.gateway()
+        assert isinstance(gateway, NatsGatewayBus)
+        link, step = gateway._consume, make_step(rig)
+        before = len(link._subscriptions), len(link._client.handlers), len(link._client._subs)
+        for _ in range(50):
+            watching = asyncio.create_task(gateway.watch(step.tenant, step.id, lambda _: None))
+            await asyncio.sleep(0)  # so that it has subscribed and waits for the server
+            watching.cancel()
+            await asyncio.wait([watching])
+            assert watching.cancelled()
+        assert (len(link._subscriptions), len(link._client.handlers), len(link._client._subs)) == before
+        await (await gateway.watch(step.tenant, step.id, lambda _: None)).close()
+        assert (len(link._subscriptions), len(link._client.handlers), len(link._client._subs)) == before
+
+    async def test_workers_that_have_gone_are_forgotten(self, make_rig: MakeRig) -> None:
+        rig = await make_rig(heartbeat_s=0.3)
+        gateway, worker = await rig.gateway(), await rig.worker()
+        assert isinstance(gateway, NatsGatewayBus)
+        names = [f"w{number}-{rig.tenant}" for number in range(50)]
+        for name in names:
+            await worker.heartbeat(WorkerInfo(name, rig.region, Kind.TOOL, (rig.target.scope,)))
+        await eventually(lambda: {info.id for info in gateway.workers()} >= set(names))
+        await eventually(lambda: not {info.id for info in gateway.workers()} & set(names))
+        kept = (value for value in vars(gateway._live).values() if isinstance(value, set | dict | list | tuple))
+        assert not any(name in str(value) for value in kept for name in names)
+
     async def test_nobody_there_is_unavailable(self) -> None:
         link = Link(config.NatsSection(), (f"nats://127.0.0.1:{free_port()}",), "test")
         with pytest.raises(Unavailable, match="no NATS server answered"):
@@ -202,14 +230,14 @@ class TestServerCrash:
         rig = crash_rig
         gateway, worker = await rig.gateway(), await rig.worker()
         job = Job(make_step(rig, id=f"{rig.region}-1"), rig.region, 1_700_000_000.5, "digest")
-        assert await gateway.submit(job) == (job, True)
+        assert await gateway.submit(job) == (job.record(), True)
         inbox = await pull(rig, worker, 1)
         await finish(worker, await inbox.next(), make_result(job.step))
         await eventually_true(lambda: _not_queued(gateway, job, rig.region))
         own_nats_server.kill()
         own_nats_server.start()
-        assert await gateway.submit(job) == (job, False)
-        assert await (await rig.gateway("g2")).submit(job) == (job, False)
+        assert await gateway.submit(job) == (job.record(), False)
+        assert await (await rig.gateway("g2")).submit(job) == (job.record(), False)
         assert not await gateway.is_queued(job.step, rig.region)
 
 

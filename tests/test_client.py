@@ -13,6 +13,7 @@ from gateway.client_retry import RetryBudget, may_retry
 from gateway.clock import SystemClock
 from gateway.errors import (
     AlreadyExists,
+    Denied,
     Expired,
     InvalidStep,
     NearloopError,
@@ -22,8 +23,11 @@ from gateway.errors import (
     Unauthenticated,
     Unavailable,
 )
-from gateway.types import Completed, EventKind, JobState, Kind, Lane, Payload, Step, StepEvent
+from gateway.policy import Reject, ScopeView
+from gateway.types import Completed, EventKind, Flow, JobState, Kind, Lane, Payload, Step, StepEvent
+from plugins.token_bucket import TokenBucket, TokenBucketConfig
 
+VIEW = ScopeView("tool.echo", 0, 8, 0, 0.0, 0.0)
 FAST = RetryPolicy(attempts=4, base_s=0.001, max_wait_s=0.002)
 
 
@@ -187,6 +191,7 @@ async def test_a_hint_beyond_the_deadline_is_not_waited_for() -> None:
         (StepFailed("down", code="UNAVAILABLE"), "key", 1),
         (StepFailed("too much", code="RESOURCE_EXHAUSTED"), "key", 1),
         (AlreadyExists("other"), "key", 1),
+        (Denied("not for you"), "key", 1),
         (Expired("late"), "key", 1),
     ],
 )
@@ -230,7 +235,21 @@ def test_waits() -> None:
     assert policy.wait_s(1, hinted, lambda: 1.0) == 6.0
 
 
+async def test_a_cost_that_no_bucket_holds_is_not_tried_again() -> None:
+    flow = Flow("alice", "echo", Kind.TOOL, Lane.STANDARD, cost=2.0)
+    decision = TokenBucket(TokenBucketConfig(burst=1.0)).decide(flow, VIEW, 0.0, 0.0)
+    assert isinstance(decision, Reject)
+    service = FakeService()
+    service.on_execute = failing(Rejected(decision.message, reason=decision.reason, scope=decision.scope))
+    async with connected(service) as client:
+        with pytest.raises(Rejected, match="more than a whole burst") as caught:
+            await client.execute("tool", "echo", {}, idempotency_key="k")
+    assert (caught.value.code, caught.value.reason) == ("RESOURCE_EXHAUSTED", "COST_OVER_BURST")
+    assert len(service.steps) == 1
+
+
 def test_what_may_be_retried() -> None:
+    assert not may_retry(Rejected("x", reason="COST_OVER_BURST"), repeatable=True)
     assert may_retry(Rejected("x"), repeatable=False)
     assert not may_retry(Unavailable("x"), repeatable=False)
     assert not may_retry(NearloopError("x"), repeatable=True)
@@ -387,6 +406,28 @@ async def test_a_watch_survives_a_gateway_that_is_stopped_and_started_again() ->
         items = await watched
     assert [call[3:] for call in service.calls] == [(0, 0), (1, 1)]
     assert isinstance(items[-1], ClientResult)
+
+
+async def test_a_watch_that_the_gateway_ends_for_its_age_goes_on() -> None:
+    service, watches = FakeService(), 0
+
+    async def act(asked: Any) -> AsyncGenerator[StepEvent | Completed, None]:
+        nonlocal watches
+        watches += 1
+        if watches == 7:  # more than RetryPolicy.attempts
+            yield done("home-1", Payload(b"1"))
+        yield token(watches, b"1")
+        await asyncio.Event().wait()
+
+    service.on_stream = act
+    async with (
+        serving(service, max_timeout_s=0.05) as port,
+        NearloopClient(f"127.0.0.1:{port}", ALICE, retries=FAST) as client,
+    ):
+        items = await collect(client.watch("home-1"))
+    assert [item.sequence for item in items[:-1] if isinstance(item, StepEvent)] == [1, 2, 3, 4, 5, 6]
+    assert isinstance(items[-1], ClientResult)
+    assert [call[4] for call in service.calls] == [0, 1, 2, 3, 4, 5, 6]
 
 
 async def collect(items: AsyncGenerator[Any, None]) -> list[Any]:

@@ -35,6 +35,38 @@ def test_mistakes_across_sections() -> None:
     assert any("more than once" in problem for problem in found)
 
 
+NO_SEPARATE_SERVERS = "regions: they do not all have the same NATS servers, which is not supported in this version yet"
+
+
+@pytest.mark.parametrize(
+    ("shared", "home", "iad"),
+    [
+        ([], ["nats://me:secret@a"], []),
+        ([], ["nats://a"], ["nats://b"]),
+        (["nats://a"], ["nats://b"], []),
+        (["nats://a"], [], ["nats://a", "nats://b"]),
+    ],
+)
+def test_separate_servers_for_regions_are_not_supported_yet(shared: list[str], home: list[str], iad: list[str]) -> None:
+    regions = [{"name": "home", "nats_urls": home}, {"name": "iad", "nats_urls": iad}]
+    (found,) = problems({"nats": {"urls": shared}, "regions": regions})
+    assert found.startswith(NO_SEPARATE_SERVERS)
+    assert "secret" not in found
+
+
+@pytest.mark.parametrize(
+    ("shared", "home", "iad"),
+    [([], [], []), (["nats://a"], [], []), ([], ["nats://a"], ["nats://a"]), (["nats://a", "nats://b"], ["nats://b", "nats://a"], [])],
+)
+def test_the_same_servers_may_be_said_for_each_region(shared: list[str], home: list[str], iad: list[str]) -> None:
+    regions = [{"name": "home", "nats_urls": home}, {"name": "iad", "nats_urls": iad}]
+    assert config.parse({"nats": {"urls": shared}, "regions": regions}).nats_urls("iad") == tuple(iad or shared)
+
+
+def test_the_reference_configuration_says_the_defaults() -> None:
+    assert config.load(ROOT / "config/nearloop.toml").nats == config.parse({}).nats
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "*", ">", "x" * 65, "ä"])
 def test_ids_in_the_configuration_are_checked(name: str) -> None:
     assert "is not an id" in problems({"targets": [{"kind": "tool", "name": name}]})[0]

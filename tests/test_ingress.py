@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gateway import tensors
 from gateway.clock import SystemClock
 from gateway.edge import servicer, status
-from gateway.edge.ingress import Ingress
+from gateway.edge.ingress import Ingress, is_loopback
 from gateway.edge.intake import Intake, random_id, trace_context
 from gateway.errors import ConfigError, Expired, InvalidStep, NearloopError, Rejected
 from gateway.types import Completed, Kind, Lane, Payload, Step, StepEvent
@@ -164,6 +164,8 @@ async def test_all_problems_come_at_once() -> None:
         (pb.Step(), "step.target", "missing"),
         (pb.Step(), "step.input", "missing"),
         (json_step(b"{"), "step.input", "is not JSON"),
+        (json_step(b"[" * 50_000), "step.input", "nested too deep"),
+        (json_step(b"9" * 50_000), "step.input", "too many digits"),
         (json_step(b"{}", "docs"), "step.input", '"name" is a required property'),
         (json_step(b'{"name":1}', "docs"), "step.input.name", 'is not of type "string"'),
         (json_step(b"{}", "adder"), "step.kind", "'adder' is of kind infer, not tool"),
@@ -411,6 +413,39 @@ async def test_jobs() -> None:
     assert service.calls[-1] == ("job", "bob", "home-x")
 
 
+@pytest.mark.parametrize("chatty", [False, True])
+@pytest.mark.parametrize("timeout_s", [None, 3600])
+async def test_a_watch_has_a_longest_life(chatty: bool, timeout_s: float | None) -> None:
+    service = FakeService()
+
+    async def endless(asked: Any) -> AsyncGenerator[StepEvent | Completed, None]:
+        sequence = 0
+        while chatty:
+            sequence += 1
+            yield token(sequence, b"1")
+        await asyncio.Event().wait()
+
+    service.on_stream = endless
+    async with serving(service, max_timeout_s=0.1) as port, stub_for(port) as stub:
+        call = stub.WatchJob(pb.WatchJobRequest(job_id="home-1"), metadata=AS_ALICE, timeout=timeout_s)
+        error = await refused(everything(call))
+    assert (error.code, error.reason, error.retry_after_s) == ("UNAVAILABLE", "WATCH_AGAIN", 0)
+    assert service.closed.is_set()
+
+
+async def test_a_timeout_of_the_service_is_not_the_end_of_a_watchs_life() -> None:
+    service = FakeService()
+
+    async def late(asked: Any) -> AsyncGenerator[StepEvent | Completed, None]:
+        raise TimeoutError
+        yield
+
+    service.on_stream = late
+    async with serving(service) as port, stub_for(port) as stub:
+        error = await refused(everything(stub.WatchJob(pb.WatchJobRequest(job_id="home-1"), metadata=AS_ALICE)))
+    assert error.code == "INTERNAL"
+
+
 async def test_targets_are_listed_in_order() -> None:
     async with serving(FakeService()) as port, stub_for(port) as stub:
         listed = await stub.ListTargets(pb.ListTargetsRequest(), metadata=AS_ALICE)
@@ -465,11 +500,95 @@ async def test_reflection_lists_and_describes_the_service() -> None:
     assert "nearloop/v1/gateway.proto" in {file.name for file in files}
 
 
-async def test_channelz_counts_the_calls() -> None:
+async def test_channelz_counts_the_calls_and_shows_the_connections() -> None:
     async with serving(FakeService()) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel, stub_for(port) as stub:
         await stub.Execute(pb.ExecuteRequest(step=json_step()), metadata=AS_ALICE)
-        servers = (await channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())).server
-    assert max(server.data.calls_succeeded for server in servers) >= 1
+        channelz = channelz_pb2_grpc.ChannelzStub(channel)
+        servers = (await channelz.GetServers(channelz_pb2.GetServersRequest())).server
+        assert max(server.data.calls_succeeded for server in servers) >= 1
+        (mine,) = [server for server in servers if await sockets_of(channelz, server, port)]
+        same = (await channelz.GetServer(channelz_pb2.GetServerRequest(server_id=mine.ref.server_id))).server
+        assert same.ref == mine.ref
+        served = [found.data.messages_received for found in await sockets_of(channelz, mine, port)]
+    assert sum(served) >= 1
+
+
+async def sockets_of(channelz: channelz_pb2_grpc.ChannelzStub, server: channelz_pb2.Server, port: int) -> list[channelz_pb2.Socket]:
+    """The connections of a server that came in at this port."""
+    request = channelz_pb2.GetServerSocketsRequest(server_id=server.ref.server_id)
+    found = []
+    for ref in (await channelz.GetServerSockets(request)).socket_ref:
+        socket_ = (await channelz.GetSocket(channelz_pb2.GetSocketRequest(socket_id=ref.socket_id))).socket
+        if socket_.local.tcpip_address.port == port:
+            found.append(socket_)
+    return found
+
+
+async def test_channelz_shows_channels() -> None:
+    async with serving(FakeService()) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        channelz = channelz_pb2_grpc.ChannelzStub(channel)
+        tops = (await channelz.GetTopChannels(channelz_pb2.GetTopChannelsRequest())).channel
+        (mine,) = [top for top in tops if top.data.target.endswith(f":{port}")]
+        top = (await channelz.GetChannel(channelz_pb2.GetChannelRequest(channel_id=mine.ref.channel_id))).channel
+        for ref in top.subchannel_ref:
+            sub = await channelz.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=ref.subchannel_id))
+            assert sub.subchannel.ref.subchannel_id == ref.subchannel_id
+    assert top.subchannel_ref
+
+
+async def test_channelz_says_what_is_not_there() -> None:
+    async with serving(FakeService()) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        channelz = channelz_pb2_grpc.ChannelzStub(channel)
+        for call in (
+            channelz.GetServer(channelz_pb2.GetServerRequest(server_id=2**40)),
+            channelz.GetServerSockets(channelz_pb2.GetServerSocketsRequest(server_id=2**40)),
+            channelz.GetSocket(channelz_pb2.GetSocketRequest(socket_id=2**40)),
+            channelz.GetChannel(channelz_pb2.GetChannelRequest(channel_id=2**40)),
+            channelz.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=2**40)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
+async def test_channelz_is_not_there_for_callers_from_elsewhere(listen: str) -> None:
+    async with serving(FakeService(), listen=listen) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        )
+        (listed,) = [answer async for answer in call]
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "grpc.channelz.v1.Channelz" not in {service.name for service in listed.list_services_response.service}
+
+
+@pytest.mark.parametrize(
+    ("listen", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.9.9.9:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("192.0.2.1:1", False),
+        ("gateway.example:1", False),
+        ("localhost.example:1", False),
+        (":1", False),
+    ],
+)
+def test_which_addresses_are_of_this_machine_alone(listen: str, local: bool) -> None:
+    assert is_loopback(listen) is local
+
+
+async def test_a_health_check_does_not_repeat_a_long_name() -> None:
+    async with serving(FakeService()) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="x" * 50_000))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert len(caught.value.details() or "") < 200
 
 
 async def test_a_port_in_use_is_one_sentence() -> None:

@@ -114,3 +114,37 @@ async def test_an_ended_subscription_gets_nothing(echo: Echo) -> None:
     await subscription.close()
     await echo.works()
     assert seen == [b"hello"]
+
+
+async def test_listening_that_fails_or_is_cancelled_leaves_nothing(echo: Echo, own_nats_server: NatsProcess) -> None:
+    seen: list[bytes] = []
+    before = set(echo.link._subscriptions)
+    listening = asyncio.create_task(echo.link.listen("test.before", lambda *message: seen.append(message[3])))
+    await asyncio.sleep(0)  # so that it has subscribed and waits for the server
+    listening.cancel()
+    await asyncio.wait([listening])
+    assert listening.cancelled()
+    assert echo.link._subscriptions == before
+    await echo.works()
+    assert seen == []
+    own_nats_server.kill()
+    await eventually(lambda: not echo.link.connected)
+    with pytest.raises(Unavailable):
+        await echo.link.listen("test.before", lambda *message: seen.append(message[3]), timeout_s=0.2)
+    assert echo.link._subscriptions == before
+    own_nats_server.start()
+    await eventually(lambda: echo.returns == 1)
+    await echo.works()
+    assert seen == []
+
+
+async def test_an_ended_subscription_is_ended_at_once(echo: Echo) -> None:
+    seen: list[bytes] = []
+    subscription = await echo.link.listen("test.before", lambda *message: seen.append(message[3]))
+    await echo.works()
+    assert seen == [b"hello"]
+    echo.link.send("test.before", b"too late")
+    subscription.end()
+    subscription.end()
+    await echo.works()
+    assert seen == [b"hello"]

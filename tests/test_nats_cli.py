@@ -116,9 +116,21 @@ async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
     assert len(commands) >= 20
     await desk.client.execute("tool", "echo", {"hello": "world"}, timeout_s=10)
     await desk.client.submit("tool", "report", {"month": "2025-01"}, idempotency_key="report-2")
-    job = await desk.client.submit("tool", "charge", {"order": 7}, idempotency_key="order-7")
-    await eventually(lambda: desk.client.get_job(job.id), lambda found: found.state is JobState.DEAD, 30, "a dead letter")
-    (worker,) = (await desk.nats("kv", "ls", "nl-workers")).split()
+    async with shop(desk.shop_port, hangs=True) as hanging:
+
+        async def calls() -> int:
+            return hanging.calls
+
+        job = await desk.client.submit("tool", "charge", {"order": 7}, idempotency_key="order-7")
+        for call in (1, 2):  # every worker that gets the order dies of it
+            await eventually(calls, lambda count, call=call: count == call, 30, f"call {call}")
+            await desk.stack.kill("tool-home")
+        await eventually(lambda: desk.client.get_job(job.id), lambda found: found.state is JobState.DEAD, 30, "a dead letter")
+
+    async def workers() -> list[str]:
+        return (await desk.nats("kv", "ls", "nl-workers")).split()
+
+    (worker,) = await eventually(workers, lambda found: len(found) == 1, 30, "the dead workers are forgotten")
     deadline_ms = str(round((time.time() + 600) * 1000))
     async with shop(desk.shop_port):
         for command in commands:
@@ -184,7 +196,7 @@ async def test_the_settings_of_the_guide_are_valid() -> None:
 
 async def test_the_guide_names_every_subject_stream_bucket_and_header() -> None:
     words = {value for name, value in vars(subjects).items() if name.startswith("H_")}
-    words |= {subjects.RESULTS_STREAM, subjects.DEAD_STREAM, subjects.TARGETS_BUCKET, subjects.WORKERS_BUCKET}
+    words |= {subjects.RESULTS_STREAM, subjects.DEAD_STREAM, subjects.TARGETS_BUCKET, subjects.WORKERS_BUCKET, subjects.HANDBACKS_BUCKET}
     words |= set(re.findall(r"^ {4}(nl\.[a-z]+\.)", subjects.__doc__ or "", re.M))
     assert len(words) > 30
     assert not {word for word in words if f"`{word}" not in GUIDE}

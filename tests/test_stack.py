@@ -15,12 +15,13 @@ from stack_world import World, at_rest, key, start_world, tokens, wait_started
 
 from gateway.client import ClientResult, NearloopClient, RetryPolicy
 from gateway.errors import AlreadyExists, Cancelled, Expired, InvalidStep, NearloopError, NotFound, StepFailed, Unauthenticated, Unavailable
-from gateway.types import EventKind, JobState, Payload, StepEvent
+from gateway.types import EventKind, JobState, Kind, Payload, StepEvent, Target
 from workers.lexical import DIMENSIONS, embed
 
 pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="module")]
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+MAX_DELIVER = Target(Kind.TOOL, "note").max_deliver
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -219,6 +220,24 @@ class TestJobs:
         assert part.restarts == restarts + 1
         # What ran was finished and what waited was handed back: nothing had to be executed again.
         assert Counter(headers["idempotency-key"] for headers in world.service.headers) == dict.fromkeys(names, 1)
+
+    async def test_a_job_waits_until_the_api_is_back(self, world: World) -> None:
+        world.service.headers.clear()
+        world.service.is_down = True
+        try:
+            job = await world.client.submit("tool", "note", {"text": "hi"}, idempotency_key=key(), timeout_s=300)
+
+            async def calls() -> int:
+                return len(world.service.headers)
+
+            await eventually(calls, lambda count: count > MAX_DELIVER, 60, "more calls than deliveries may fail")
+            assert (await world.client.get_job(job.id)).ended is False
+        finally:
+            world.service.is_down = False
+        *_, last = [item async for item in world.client.watch(job.id, timeout_s=30)]
+        assert isinstance(last, ClientResult)
+        assert (last.json, last.attempt) == ({"noted": "hi"}, len(world.service.headers))
+        assert await world.broker.subjects("NL_DEAD", f"nl.dead.*.*.*.{job.id}") == {}
 
 
 def big() -> Payload:

@@ -11,6 +11,9 @@ ERRORS = [
     errors.NotFound("nothing", reason="UNKNOWN_TARGET", scope="tool.x"),
     errors.AlreadyExists("twice"),
     errors.Rejected("full", reason="QUEUE_FULL", scope="tool.x", policy="fixed_limit", retry_after_s=1.25),
+    errors.Denied("not for you", reason="NOT_IN_PLAN", scope="tool.x", policy="plan"),
+    errors.StepFailed("not in the list", code="PERMISSION_DENIED", reason="EGRESS_DENIED"),
+    errors.Unavailable("a watch lasts 1 s at most", reason="WATCH_AGAIN", retry_after_s=0.0),
     errors.Expired("late"),
     errors.Cancelled("stopped"),
     errors.Unavailable("gone", reason="NO_WORKERS", retry_after_s=0.0),
@@ -21,7 +24,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{error.code}")
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{error.reason}")
 def test_an_error_survives_the_way(error: errors.NearloopError) -> None:
     code, message, trailers = status.to_status(error)
     back = status.from_status(code, message, trailers)
@@ -31,7 +34,7 @@ def test_an_error_survives_the_way(error: errors.NearloopError) -> None:
     assert getattr(back, "fields", None) == getattr(error, "fields", None)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{error.code}")
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{error.reason}")
 def test_details_are_the_standard_ones(error: errors.NearloopError) -> None:
     code, message, ((key, packed),) = status.to_status(error)
     assert key == "grpc-status-details-bin"

@@ -19,6 +19,7 @@ from gateway.errors import TopologyMismatch
 from gateway.types import LANES, Kind, Lane, Target
 
 TARGET = Target(Kind.TOOL, "echo")
+KEPT = ("KV_nl-handbacks", "KV_nl-targets", "KV_nl-workers", "NL_DEAD", "NL_RESULTS")  # in every region the same
 
 
 def _config(**nats: Any) -> Config:
@@ -37,14 +38,16 @@ async def js(own_nats_server: NatsProcess) -> AsyncIterator[JetStream]:
 async def test_streams_are_made_once_by_many(js: JetStream) -> None:
     await asyncio.gather(*(topology.ensure_streams(js, _config()) for _ in range(5)))
     names = (await js.api("STREAM.NAMES"))["streams"]
-    assert sorted(names) == ["KV_nl-targets", "KV_nl-workers", "NL_DEAD", "NL_RESULTS", "NL_STEPS_FAR_AWAY", "NL_STEPS_HOME"]
+    assert sorted(names) == [*KEPT, "NL_STEPS_FAR_AWAY", "NL_STEPS_HOME"]
     steps = (await js.api("STREAM.INFO.NL_STEPS_FAR_AWAY"))["config"]
     assert steps["subjects"] == ["nl.step.far-away.>", "nl.job.far-away.>"]
     assert (steps["retention"], steps["discard"], steps["storage"]) == ("workqueue", "new", "file")
     assert (steps["allow_atomic"], steps["allow_msg_ttl"]) == (True, True)
-    assert (steps["max_msgs"], steps["max_bytes"]) == (100_000, 1024**3)
+    assert (steps["max_msgs"], steps["max_bytes"]) == (1_000_000, 1024**3)
     workers = (await js.api("STREAM.INFO.KV_nl-workers"))["config"]
     assert workers["max_age"] == 6_000_000_000
+    hand_backs = (await js.api("STREAM.INFO.KV_nl-handbacks"))["config"]
+    assert (hand_backs["allow_msg_ttl"], hand_backs["max_msgs_per_subject"]) == (True, 1)
 
 
 async def test_consumers_are_made_once_by_many(js: JetStream) -> None:
@@ -64,7 +67,7 @@ async def test_consumers_are_made_once_by_many(js: JetStream) -> None:
     [
         (
             {"max_queue_messages": 7},
-            "max_msgs 100000, the configuration wants 7: .*`nats stream edit NL_STEPS_(HOME|FAR_AWAY) --max-msgs=7`",
+            "max_msgs 1000000, the configuration wants 7: .*`nats stream edit NL_STEPS_(HOME|FAR_AWAY) --max-msgs=7`",
         ),
         ({"max_queue_bytes": 1_000_000}, "max_bytes 1073741824, the configuration wants 1000000: .*--max-bytes=1000000"),
         ({"dead_keep_s": 3600}, "stream NL_DEAD has max_age 604800s, the configuration wants 3600s: .*--max-age=3600s"),

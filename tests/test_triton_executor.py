@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -81,12 +82,16 @@ class Triton:
         triton_aftermath.remove_shared_memory(self.prefix)
 
 
+def need_wheel() -> None:
+    """Skips where Triton is not installed; whatever is wrong with one that is installed is a failure."""
+    if importlib.util.find_spec("pytriton") is None:
+        pytest.skip("nvidia-pytriton is not installed")
+
+
 @pytest.fixture(scope="module")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    try:
-        server = Triton(tmp_path_factory.mktemp("triton"))
-    except triton_server.TritonSetupError as error:
-        pytest.skip(str(error))
+    need_wheel()
+    server = Triton(tmp_path_factory.mktemp("triton"))
     server.start()
     yield server
     server.kill()
@@ -242,10 +247,8 @@ async def test_no_address_and_nobody_there_are_unavailable() -> None:
 
 
 async def test_work_goes_back_while_triton_is_down_and_on_when_it_is_back(tmp_path: Path) -> None:
-    try:
-        server = Triton(tmp_path)
-    except triton_server.TritonSetupError as error:
-        pytest.skip(str(error))
+    need_wheel()
+    server = Triton(tmp_path)
     for name in ("embed", "tokens"):
         (server.repository / name).unlink()
     server.start()

@@ -21,6 +21,7 @@ log = logging.getLogger("nearloop.worker")
 
 BACKOFF_FIRST_S = 0.25
 BACKOFF_MAX_S = 10.0
+JOB_RESULT_KEEP_S = 60.0  # a job's result outlives its record: a job whose record is there and whose result is not reads as expired
 
 
 def backoff_s(attempt: int, random: float) -> float:
@@ -50,8 +51,6 @@ class StepLife:
         random: Callable[[], float],
         unavailable: Callable[[str], None],
         count: Callable[[Held, StepResult | None], None],
-        region: str,
-        worker: str,
     ) -> None:
         self._bus = bus
         self._executor = executor
@@ -60,11 +59,9 @@ class StepLife:
         self._random = random
         self._unavailable = unavailable
         self._count = count
-        self._region = region
-        self._worker = worker
         self._keep_s = config.nats.result_keep_s
         self._job_keep_s = config.nats.job_keep_s
-        self.events = EventBook()
+        self.events = EventBook(outcomes.region, outcomes.worker, bus.publish_event)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Kept, since asking for the running loop costs a system call in Python 3.11."""
@@ -75,12 +72,14 @@ class StepLife:
         result: StepResult | None = None
         try:
             result = self._before(held)
-            if result is None and held.attempt > 1:
+            # A job's first delivery too: it may have been cancelled while the delivery was on its way.
+            if result is None and (held.attempt > 1 or held.is_job):
                 stored = await self._bus.result(held.step.tenant, held.step.id)
                 if stored is not None:
+                    held.phase = Phase.ENDING
                     self._answer(held, stored if held.delivery.reply_to else None)
                     return
-                if held.attempt > target.max_deliver:
+                if await self._failed_too_often(held, target):
                     await self._bus.bury(held.delivery, DEAD_REASON, dead_message(target.max_deliver))
                     result = self._outcomes.dead(held, target.max_deliver)
                 else:
@@ -94,23 +93,31 @@ class StepLife:
         except Unavailable as error:
             result = None
             log.debug("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
-            self.hand_back(held, backoff_s(held.attempt, self._random()))
+            await self.hand_back(held, backoff_s(held.attempt, self._random()))
         except _HandBackError:
-            self.hand_back(held, 0.0)
+            await self.hand_back(held, 0.0)
         except Exception as error:
-            # A fault of the transport or of this file: without a result nothing may be acknowledged.
+            # A fault of this file: without a result nothing may be acknowledged. It counts as a failed delivery, for it may not pass.
             result = None
             log.error("step %s for %s goes back to its queue after %s", held.step.id, target.scope, type(error).__name__)
-            self.hand_back(held, backoff_s(held.attempt, self._random()))
+            held.delivery.nak(backoff_s(held.attempt, self._random()))
         finally:
             held.phase = Phase.ENDING
             if held.log is not None:
                 self.events.ended(held.key, held.log, self._clock.now_s())
             self._count(held, result)
 
-    def hand_back(self, held: Held, delay_s: float) -> None:
+    async def hand_back(self, held: Held, delay_s: float) -> None:
+        """The step comes back after delay_s, or when its time is over: then it is ended."""
         held.phase = Phase.ENDING
-        held.delivery.nak(delay_s)
+        await self._bus.hand_back(held.delivery, min(delay_s, held.remaining_s()))
+
+    async def _failed_too_often(self, held: Held, target: Target) -> bool:
+        """Deliveries that were handed back do not count; how many they were is asked only when it matters. Raises Unavailable."""
+        if held.attempt <= target.max_deliver:
+            return False
+        step = held.step
+        return held.attempt - await self._bus.hand_backs(step.tenant, step.id) > target.max_deliver
 
     def _before(self, held: Held) -> StepResult | None:
         """The result of a step that must not start."""
@@ -168,7 +175,7 @@ class StepLife:
         """The result as it was offered, and whether it is the one that counts."""
         keep_s = self._keep_s
         if held.is_job:
-            keep_s = self._job_keep_s + held.remaining_s()
+            keep_s = self._job_keep_s + held.remaining_s() + JOB_RESULT_KEEP_S
         try:
             return result, await self._bus.commit(result, keep_s)
         except InvalidStep as error:
@@ -188,8 +195,7 @@ class StepLife:
     def _open_log(self, held: Held) -> EventLog:
         """The step's log; a new one begins with STARTED when the step is about to execute."""
         if held.log is None:
-            held.log = EventLog(held.key, held.attempt, self._region, self._worker, self._bus.publish_event)
-            self.events.open(held.key, held.log)
+            held.log = self.events.open(held.key, held.attempt)
             if held.phase is Phase.WAITING:
                 held.log.add(EventKind.STARTED)
         return held.log

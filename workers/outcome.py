@@ -16,8 +16,8 @@ class Outcomes:
     """Makes the results of one worker."""
 
     def __init__(self, region: str, worker: str) -> None:
-        self._region = region
-        self._worker = worker
+        self.region = region
+        self.worker = worker
 
     def _result(self, held: Held, status: Status, code: str, reason: str, message: str) -> StepResult:
         return self._make(held, status, Payload(b""), code, reason, message)
@@ -30,8 +30,8 @@ class Outcomes:
             status,
             output,
             held.attempt,
-            self._region,
-            self._worker,
+            self.region,
+            self.worker,
             held.queue_us,
             int(held.service_s * 1e6),
             code,

@@ -58,8 +58,6 @@ class WorkerRuntime:
             random_source,
             self._on_unavailable,
             self._on_end,
-            region,
-            worker_id,
         )
         self._served = ServedTargets(
             config, region, bus, executor, self._clock, random_source, self._begin, self._on_delivery, self._hand_back
@@ -73,6 +71,7 @@ class WorkerRuntime:
         self._hurry = asyncio.Event()
         self._look = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._handing_back: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
 
     # ---- start ---------------------------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ class WorkerRuntime:
             twin.delivery = delivery  # its hold ran out while we were busy with it: go on, with the newer delivery
             return
         if self._draining or not lanes.is_open:
-            delivery.nak(0.0 if self._draining else backoff_s(held.attempt, self._random()))
+            self._hand_back_soon(held)
             return
         self._held[held.key] = held
         lanes.offer(held)
@@ -183,7 +182,13 @@ class WorkerRuntime:
     def _hand_back(self, held: Held) -> None:
         """A step that came and has not started."""
         del self._held[held.key]
-        self._life.hand_back(held, 0.0 if self._draining else backoff_s(held.attempt, self._random()))
+        self._hand_back_soon(held)
+
+    def _hand_back_soon(self, held: Held) -> None:
+        delay_s = 0.0 if self._draining else backoff_s(held.attempt, self._random())
+        task = self._loop.create_task(self._life.hand_back(held, delay_s))
+        self._handing_back.add(task)
+        task.add_done_callback(self._handing_back.discard)
 
     # ---- signs of life -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +252,7 @@ class WorkerRuntime:
         for held in list(self._held.values()):
             held.stop(Stop.DRAIN)
         tasks = [held.task for held in self._held.values() if held.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._handing_back, return_exceptions=True)
 
     def hurry(self) -> None:
         """Lets `drain` wait no longer."""

@@ -7,7 +7,7 @@ the external API is an HTTP service in the second region. `plan` decides, `judge
 import asyncio
 import importlib.resources
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -63,24 +63,37 @@ async def run_demo(options: DemoOptions, console: Console | None = None) -> int:
 
     say("Starting nats-server, Triton, workers, gateway and an API to call:")
     stack = Stack(demo_config(docs_port), on_line=say, workers=WORKERS, extra=[docs_part(docs_port)])
-    async with stack:
-        with interrupts(stack.kill_now) as stop:
-            work = asyncio.create_task(_show(options, stack, console))
-            stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
+    with interrupts(stack.kill_now) as stop:  # around everything: while the stack stops, Ctrl-C must not break it off half-way
+        if not await _unless(stop, stack.__aenter__()):
+            say("Stopped.")
+            return 130
+        try:
+            shown = asyncio.create_task(_show(options, stack, console))
+            if not await _unless(stop, shown):
                 say("Stopped.")
                 return 130
-            code = work.result()
-            if options.keep and not stop.is_set():
+            if options.keep:
                 say("\nStill running; Ctrl-C stops.")
-                await stopped
-            stopped.cancel()
+                await stop.wait()
             say("\nStopping everything ...")
+        finally:
+            await stack.__aexit__(None, None, None)
     say("Stopped: no process, port or file is left.")
-    return code
+    return shown.result()
+
+
+async def _unless(stop: asyncio.Event, work: Awaitable[object]) -> bool:
+    """Waits until the work is done, or until a stop was asked for: then cancels the work and answers False. Raises what the work raises."""
+    working = asyncio.ensure_future(work)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working})
+        return False
+    stopped.cancel()
+    working.result()
+    return True
 
 
 async def _show(options: DemoOptions, stack: Stack, console: Console) -> int:
@@ -98,7 +111,7 @@ async def _show(options: DemoOptions, stack: Stack, console: Console) -> int:
         for question, error in failures:
             console.print(f"{question}: {type(error).__name__}: {error}", style="red", markup=False)
         view.show_times(console, ledger, wall_s, len(questions))
-        view.show_further(console, stack.nats_url, stack.gateway_address)
+        view.show_further(console, stack.nats_url_file, stack.gateway_address)
     return 1 if failures else 0
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -68,8 +69,9 @@ def show_answers(console: Console, answers: Sequence[Answer]) -> None:
 
 def show_times(console: Console, ledger: Ledger, wall_s: float, agents: int) -> None:
     """Where the time went, for each target: mean milliseconds of each part of a step, and its share of all time."""
-    table = Table(title=f"Where the time went: {agents} agents at once, {wall_s:.1f} s", title_justify="left")
-    for name in ("target @ region", "steps", "admission", "queue", "network", "service", "ms a step", "share"):
+    who = "1 agent" if agents == 1 else f"{agents} agents at once"
+    table = Table(title=f"Where the time went, mean milliseconds a step ({who}, {wall_s:.1f} s)", title_justify="left")
+    for name in ("target @ region", "steps", "admission", "queue", "network", "service", "total", "share"):
         table.add_column(name, justify="left" if name.startswith("target") else "right")
     everything_us = sum(spent.total_us for spent in ledger.by_target.values()) or 1
     for name, spent in sorted(ledger.by_target.items(), key=lambda item: -item[1].total_us):
@@ -79,16 +81,17 @@ def show_times(console: Console, ledger: Ledger, wall_s: float, agents: int) -> 
     console.print(table)
 
 
-def show_further(console: Console, nats_url: str, gateway_address: str) -> None:
+def show_further(console: Console, nats_url_file: Path, gateway_address: str) -> None:
     console.print(
         Text(
             "\nLook further, while it runs (`nearloop up`, or this demo with --keep):\n"
-            f"  nats --server {nats_url} stream ls\n"
-            f"  nats --server {nats_url} stream subjects NL_RESULTS\n"
-            f"  nats --server {nats_url} consumer report NL_STEPS_HOME\n"
-            f"  nats --server {nats_url} sub 'nl.step.>'\n"
-            f"  nats --server {nats_url} service ls\n"
-            f"  nats --server {nats_url} kv ls nl-targets\n"
+            f'  export NATS_URL="$(cat {nats_url_file})"\n'
+            "  nats stream ls\n"
+            "  nats stream subjects NL_RESULTS\n"
+            "  nats consumer report NL_STEPS_HOME\n"
+            "  nats sub 'nl.step.>'\n"
+            "  nats service ls\n"
+            "  nats kv ls nl-targets\n"
             f"  grpcurl -plaintext {gateway_address} list\n"
             f"  nearloop targets --address {gateway_address}\n"
             f"  nearloop doctor --address {gateway_address}"

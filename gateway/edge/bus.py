@@ -13,11 +13,22 @@ from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
 from gateway.edge.dispatch import Dispatcher
 from gateway.edge.jetstream import JetStream, until_answered
 from gateway.edge.jobs import JobStore
+from gateway.edge.link import LinkSubscription
 from gateway.edge.live import LiveCatalogue
 from gateway.ports import Subscription
 from gateway.types import Job, Step, StepEvent, StepResult, Target, WorkerInfo
 
 log = logging.getLogger(__name__)
+
+
+class _Watch:
+    """Its end waits for nobody: the call that watched may have a deadline, and the server may hang."""
+
+    def __init__(self, subscription: LinkSubscription) -> None:
+        self._subscription = subscription
+
+    async def close(self) -> None:
+        self._subscription.end()
 
 
 class NatsGatewayBus:
@@ -88,9 +99,7 @@ class NatsGatewayBus:
         def on_message(_subject: str, _reply: str, headers: bytes, data: bytes) -> None:
             on_event(codec.read_event(step_id, headers, data))
 
-        subscription = self._consume.subscribe(subjects.event(tenant, step_id), on_message)
-        await self._consume.barrier()
-        return subscription
+        return _Watch(await self._consume.listen(subjects.event(tenant, step_id), on_message))
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
         return await replay.ask(self._js, tenant, step_id, attempt, after_sequence)

@@ -1,7 +1,8 @@
 """`execute`: the hot path. A step goes out with one publish, its result comes back on one subscription; no task, no timer for each.
 
-A step is unacked until JetStream has stored it, then pending until its result is here. One sweep looks after both: it sends
-again what was not confirmed (the step's id makes that harmless) and reads results whose reply was lost.
+A step is unacked until JetStream has stored it, then pending until its result is here. One sweep looks after both: it ends what is
+late and sends again what was not confirmed (the step's id makes that harmless). It never waits; results whose reply was lost are
+looked for beside it.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from gateway import subjects
 from gateway.clock import Clock
@@ -64,6 +65,7 @@ class Dispatcher:
         publish.on_reconnect.append(self._send_unacked_soon)
         consume.on_reconnect.append(self._look_soon)
         self._sweeper: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self.counters = {"dispatched": 0, "results": 0, "resent": 0, "recovered": 0}
 
     def start(self) -> None:
@@ -71,9 +73,10 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Steps still waited for end with Unavailable; they stay in their queues."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        tasks = [task for task in (self._sweeper, self._looking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for pending in list(self._pending.values()):
             self._fail(pending, Unavailable("the gateway is closing"))
 
@@ -160,37 +163,44 @@ class Dispatcher:
         while True:
             await asyncio.sleep(_SWEEP_S)
             try:
-                now_s = self._clock.now_s()
-                self._sweep_unacked(now_s)
-                due = [one for one in self._pending.values() if one.look_s <= now_s or one.future.done()]
-                for pending in due:
-                    if pending.future.done():
-                        self._drop(pending)
-                self._sweep_expired(self._clock.wall_s() - _GRACE_S)
-                await self._look([one for one in due if not one.future.done() and one.step.id not in self._unacked], now_s)
+                self._sweep(self._clock.now_s(), self._clock.wall_s())
             except Exception:  # the sweep is what repairs; it must outlive its own faults
                 log.exception("a sweep over the waiting steps failed")
+
+    def _sweep(self, now_s: float, wall_s: float) -> None:
+        for pending in [one for one in self._pending.values() if one.future.done()]:
+            self._drop(pending)
+        self._sweep_expired(wall_s - _GRACE_S)
+        self._sweep_unacked(now_s, wall_s)
+        if self._looking is None or self._looking.done():
+            due = [one for one in self._pending.values() if one.look_s <= now_s and one.step.id not in self._unacked]
+            if due:
+                self._looking = asyncio.create_task(self._look(due), name="look for lost results")
 
     def _sweep_expired(self, before_s: float) -> None:
         """The worker ends a step that is late, unless there is none any more."""
         for pending in [one for one in self._pending.values() if one.step.deadline_s <= before_s]:
             self._fail(pending, Expired("the deadline passed before the step was done", scope=pending.region))
 
-    def _sweep_unacked(self, now_s: float) -> None:
-        for pending in [one for one in self._unacked.values() if one.due_s <= now_s or one.future.done()]:
-            if pending.future.done():
-                self._drop(pending)
-            elif pending.give_up_s <= now_s:
+    def _sweep_unacked(self, now_s: float, wall_s: float) -> None:
+        for pending in [one for one in self._unacked.values() if one.due_s <= now_s]:
+            if pending.step.deadline_s <= wall_s:
+                continue  # nobody starts it any more; it expires in a moment
+            if pending.give_up_s <= now_s:
                 self._fail(pending, Unavailable(f"NATS did not confirm the step within {_TRIES * self._timeout_s:g} s"))
             else:
                 self.counters["resent"] += 1
                 self._send(pending, now_s)
 
-    async def _look(self, due: Iterable[_Pending], now_s: float) -> None:
-        rest = list(due)
-        while rest and self._js.link.connected:
-            chunk, rest = rest[:_LOOKS_AT_ONCE], rest[_LOOKS_AT_ONCE:]
-            await asyncio.gather(*(self._look_for(pending) for pending in chunk))
+    async def _look(self, due: Sequence[_Pending]) -> None:
+        try:
+            for start in range(0, len(due), _LOOKS_AT_ONCE):
+                if not self._js.link.connected:
+                    return
+                chunk = [pending for pending in due[start : start + _LOOKS_AT_ONCE] if not pending.future.done()]
+                await asyncio.gather(*(self._look_for(pending) for pending in chunk))
+        except Exception:
+            log.exception("looking for lost results failed")
 
     async def _look_for(self, pending: _Pending) -> None:
         """Finds a result whose reply was lost; sends the step again when it is neither queued nor ended."""

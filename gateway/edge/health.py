@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nearloop.v1 import gateway_pb2 as pb
 
 SERVICES = ("", pb.DESCRIPTOR.services_by_name["Gateway"].full_name)
+_MAX_SHOWN_CHARS = 100
 _Status = health_pb2.HealthCheckResponse
 
 
@@ -47,7 +48,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         context: grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse],
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in SERVICES:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:_MAX_SHOWN_CHARS]!r}")
         return _Status(status=self._status(request.service))
 
     async def Watch(

@@ -1,18 +1,23 @@
-"""The gRPC server of a gateway: the Gateway service with health checking, reflection and channelz, on one port."""
+"""The gRPC server of a gateway: the Gateway service with health checking, reflection and channelz, on one port.
+
+channelz tells every caller the addresses of all others, without a key: it is there only when gateway.listen is a loopback address. A
+proxy on this machine that lets others in must not pass `grpc.channelz.v1.Channelz` on.
+"""
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_channelz.v1.channelz import aio as channelz_aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from gateway.clock import Clock
 from gateway.config import Config
+from gateway.edge.channelz import Channelz
 from gateway.edge.health import Health
 from gateway.edge.intake import random_id
 from gateway.edge.servicer import GatewayServicer
@@ -46,8 +51,10 @@ class Ingress:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._servicer.handlers()),))
         generic = _GenericOnly(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, generic)
-        channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz_aio.ChannelzServicer(), generic)
-        names = (SERVICE, *(_full_name(module, name) for module, name in _STANDARD), reflection.SERVICE_NAME)
+        names = [SERVICE, _full_name(health_pb2, "Health"), reflection.SERVICE_NAME]
+        if is_loopback(self._listen):
+            channelz_pb2_grpc.add_ChannelzServicer_to_server(Channelz(), generic)
+            names.append(_full_name(channelz_pb2, "Channelz"))
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), generic)
         try:
             bound = server.add_insecure_port(self._listen)
@@ -71,7 +78,13 @@ class Ingress:
             self._server = None
 
 
-_STANDARD = ((health_pb2, "Health"), (channelz_pb2, "Channelz"))
+def is_loopback(listen: str) -> bool:
+    """Can only this machine reach `host:port`? False for a name other than localhost: what it stands for can change."""
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _full_name(module: Any, service: str) -> str:

@@ -29,8 +29,12 @@ class LinkSubscription:
         self.sid = 0
 
     async def close(self) -> None:
-        """Returns when no message can come any more."""
+        """Returns when no message can come any more; those on the way still reach the handler."""
         await self._link.unsubscribe(self)
+
+    def end(self) -> None:
+        """At once: nothing reaches the handler any more, and the server is told when it can be."""
+        self._link.end(self)
 
 
 class Link:
@@ -154,6 +158,22 @@ class Link:
         if not self._client.is_closed and self._supervisor is not None:
             subscription.sid = self._client.add_handler(subject, queue, handler)
         return subscription
+
+    async def listen(self, subject: str, handler: Handler, timeout_s: float = 10.0) -> LinkSubscription:
+        """A subscription that is active at the server. Raises Unavailable; leaves nothing behind then, nor when it is cancelled."""
+        subscription = self.subscribe(subject, handler)
+        try:
+            await self.barrier(timeout_s)
+        except BaseException:
+            subscription.end()  # without waiting: a wait could be cancelled in its turn
+            raise
+        return subscription
+
+    def end(self, subscription: LinkSubscription) -> None:
+        if subscription in self._subscriptions:
+            self._subscriptions.discard(subscription)
+            self._client.unsubscribe_sid(subscription.sid)
+            self._client.remove_handler(subscription.sid)
 
     async def unsubscribe(self, subscription: LinkSubscription) -> None:
         if subscription not in self._subscriptions:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 
 from gateway.clock import Clock
@@ -27,7 +27,8 @@ class LiveCatalogue:
         self._js, self._clock, self._fresh_s = js, clock, 3 * heartbeat_s
         self._targets: dict[str, Target] = {}
         self._workers: dict[str, tuple[WorkerInfo, float]] = {}
-        self._live_keys: set[str] = set()  # told by a subscription while a load was going on: newer than what is loaded
+        self._live_keys: set[str] | None = None  # told by a subscription while a load is going on: newer than what is loaded
+        self._load_lock = asyncio.Lock()
         self._alive: tuple[WorkerInfo, ...] = ()
         self._alive_until_s = 0.0
         self._loading: asyncio.Task[None] | None = None
@@ -50,7 +51,8 @@ class LiveCatalogue:
         return self._alive
 
     def _on_change(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
-        self._live_keys.add(subject)
+        if self._live_keys is not None:
+            self._live_keys.add(subject)
         self._apply(subject, headers, data, 0.0)
 
     def _apply(self, subject: str, headers: bytes, data: bytes, age_s: float) -> None:
@@ -74,15 +76,20 @@ class LiveCatalogue:
 
     async def load(self) -> None:
         """Raises Unavailable."""
-        self._live_keys.clear()
-        await self._js.link.barrier()
-        for bucket in (TARGETS_BUCKET, WORKERS_BUCKET):
-            await until_answered(f"the contents of {bucket}", self._loader(bucket))
+        async with self._load_lock:  # a reconnect can ask for another load during the first
+            live_keys: set[str] = set()
+            self._live_keys = live_keys
+            try:
+                await self._js.link.barrier()
+                for bucket in (TARGETS_BUCKET, WORKERS_BUCKET):
+                    await until_answered(f"the contents of {bucket}", self._loader(bucket, live_keys))
+            finally:
+                self._live_keys = None
 
-    def _loader(self, bucket: str) -> Callable[[int], "asyncio.Future[None]"]:
-        return lambda _: asyncio.ensure_future(self._load(bucket))
+    def _loader(self, bucket: str, live_keys: Set[str]) -> Callable[[int], "asyncio.Future[None]"]:
+        return lambda _: asyncio.ensure_future(self._load(bucket, live_keys))
 
-    async def _load(self, bucket: str) -> None:
+    async def _load(self, bucket: str, live_keys: Set[str]) -> None:
         """Page by page with batched direct gets."""
         sequence = 1
         while True:
@@ -92,14 +99,14 @@ class LiveCatalogue:
             if code not in (204, 404):
                 raise NoAnswer(f"the bucket {bucket} did not answer ({code})")
             for message in found:
-                sequence = self._take(message) + 1
+                sequence = self._take(message, live_keys) + 1
             if code == 404 or len(found) < _PAGE:
                 return
 
-    def _take(self, message: Message) -> int:
+    def _take(self, message: Message, live_keys: Set[str]) -> int:
         fields = h.parse(message.headers)
         subject = fields["Nats-Subject"]
-        if subject not in self._live_keys:
+        if subject not in live_keys:
             stored_s = datetime.fromisoformat(fields["Nats-Time-Stamp"][:19] + "+00:00").timestamp()
             self._apply(subject, message.headers, message.data, max(0.0, self._clock.wall_s() - stored_s - 1.0))
         return int(fields["Nats-Sequence"])

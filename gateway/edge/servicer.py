@@ -21,7 +21,7 @@ from gateway.config import Config
 from gateway.edge import convert, status
 from gateway.edge.auth import Authenticator
 from gateway.edge.intake import Intake, check_job_id
-from gateway.errors import InvalidStep, NearloopError, Rejected, StepFailed
+from gateway.errors import InvalidStep, NearloopError, Rejected, StepFailed, Unavailable
 from gateway.ports import StepService
 from gateway.types import Completed, Step, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
@@ -45,6 +45,7 @@ class GatewayServicer:
         self._auth = Authenticator(config.auth)
         self._intake = Intake(config.gateway, service, clock, new_id)
         self._max_in_flight = config.gateway.max_in_flight
+        self._max_watch_s = config.gateway.max_timeout_s
         self._in_flight = 0
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
@@ -121,7 +122,7 @@ class GatewayServicer:
             tenant = self._tenant(context)
             check_job_id(request.job_id)
             items = self._service.watch(tenant, request.job_id, request.attempt, request.after_sequence)
-            await self._send(context, items, pb.WatchJobResponse, as_struct=False)
+            await self._send(context, _for_at_most(self._max_watch_s, items), pb.WatchJobResponse, as_struct=False)
         except Exception as error:
             await fail(context, error, "WatchJob")
         finally:
@@ -177,6 +178,29 @@ class GatewayServicer:
                 event = convert.event_to_proto(item, sequence, as_struct)
                 if event is not None:
                     await _write(context, answer(event=event).SerializeToString())
+
+
+async def _for_at_most(life_s: float, items: AsyncGenerator[StepEvent | Completed, None]) -> AsyncGenerator[StepEvent | Completed, None]:
+    """The items, until life_s is over: a watch without a deadline must not hold its place among gateway.max_in_flight for ever.
+
+    Then raises Unavailable, WATCH_AGAIN: the caller goes on with a new watch, after the last event it has.
+    """
+    now_s = asyncio.get_running_loop().time
+    end_s = now_s() + life_s
+    async with aclosing(items):
+        while now_s() < end_s:
+            waiting = asyncio.timeout_at(end_s)
+            try:
+                async with waiting:
+                    item = await anext(items)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if waiting.expired():
+                    break
+                raise
+            yield item
+    raise Unavailable(f"a watch lasts {life_s:g} s at most: watch again", reason="WATCH_AGAIN", retry_after_s=0.0)
 
 
 class _Stalled(Exception):

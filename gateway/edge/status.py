@@ -28,6 +28,7 @@ ERRORS: Mapping[grpc.StatusCode, type[errors.NearloopError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExists,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Rejected,
+    grpc.StatusCode.PERMISSION_DENIED: errors.Denied,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.Expired,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,

@@ -72,7 +72,7 @@ def steps_stream(config: Config, region: str) -> dict[str, Any]:
     )
 
 
-def _bucket(name: str, replicas: int, max_age_s: float) -> dict[str, Any]:
+def _bucket(name: str, replicas: int, max_age_s: float, **more: Any) -> dict[str, Any]:
     """A key-value bucket as the NATS tools know it."""
     max_age = round(max_age_s * _NANO)
     return _stream(
@@ -85,6 +85,7 @@ def _bucket(name: str, replicas: int, max_age_s: float) -> dict[str, Any]:
         duplicate_window=min(max_age or _DUPLICATE_WINDOW_S * _NANO, _DUPLICATE_WINDOW_S * _NANO),
         allow_rollup_hdrs=True,
         deny_delete=True,
+        **more,
     )
 
 
@@ -104,6 +105,7 @@ def streams(config: Config) -> list[dict[str, Any]]:
         _stream(subjects.DEAD_STREAM, [subjects.DEAD_SUBJECT], nats.replicas, max_age=round(nats.dead_keep_s * _NANO)),
         _bucket(subjects.TARGETS_BUCKET, nats.replicas, 0),
         _bucket(subjects.WORKERS_BUCKET, nats.replicas, heartbeats_s),
+        _bucket(subjects.HANDBACKS_BUCKET, nats.replicas, 0, allow_msg_ttl=True),  # each entry lives as long as its step
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from gateway import subjects as s
 from gateway.clock import Clock
 from gateway.config import Config
-from gateway.edge import codec, kept, topology
+from gateway.edge import codec, handbacks, kept, topology
 from gateway.edge.catalogue import write_target, write_worker
 from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
 from gateway.edge.delivery import NatsDelivery
@@ -59,6 +59,7 @@ class NatsWorkerBus:
         self._held: set[str] = set()  # subjects of steps that have not ended; one that is delivered again counts once
         self.pullers: set[_NatsPuller] = set()
         self._checker: asyncio.Task[None] | None = None
+        self._handing_back: set[asyncio.Task[None]] = set()
         self.counters = {"delivered": 0, "redelivered": 0, "malformed": 0, "committed": 0, "lost_commits": 0}
 
     async def start(self) -> None:
@@ -72,6 +73,7 @@ class NatsWorkerBus:
             self._checker.cancel()
             await asyncio.gather(self._checker, return_exceptions=True)
         await asyncio.gather(*(puller.close() for puller in list(self.pullers)))
+        await asyncio.gather(*self._handing_back)
         await asyncio.gather(*(link.close() for link in (self._consume, self._publish, self.control)))
 
     @property
@@ -139,7 +141,9 @@ class NatsWorkerBus:
             return
         self._held.add(subject)
         if closing:
-            delivery.nak()
+            task = asyncio.get_running_loop().create_task(self.hand_back(delivery, 0.0), name="hand back")
+            self._handing_back.add(task)
+            task.add_done_callback(self._handing_back.discard)
             return
         self._publish.gather(len(self._held) >= _BUSY_FROM)
         self.counters["delivered"] += 1
@@ -157,6 +161,18 @@ class NatsWorkerBus:
         first = await kept.commit(self._results, result, keep_s)
         self.counters["committed" if first else "lost_commits"] += 1
         return first
+
+    async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
+        step = delivery.step
+        try:
+            await handbacks.add(self._js, step.tenant, step.id, max(0.0, step.deadline_s - self._clock.wall_s()))
+        except Unavailable as error:
+            log.debug("step %s goes back uncounted: %s", step.id, error.message)
+        finally:
+            delivery.nak(delay_s)
+
+    async def hand_backs(self, tenant: str, step_id: str) -> int:
+        return await handbacks.read(self._js, tenant, step_id)
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
         step = delivery.step
@@ -197,5 +213,9 @@ class NatsWorkerBus:
 
     async def _subscribed(self, link: Link, subject: str, handler: Callable[[str, str, bytes, bytes], None]) -> Subscription:
         subscription = link.subscribe(subject, handler)
-        await link.barrier()
+        try:
+            await link.barrier()
+        except BaseException:
+            await subscription.close()
+            raise
         return subscription

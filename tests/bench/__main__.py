@@ -5,7 +5,8 @@ What is measured, for 1, 16, 64 and 256 calls in flight in a closed loop, the cl
     echo             a bare grpc.aio server that answers with the request's bytes
     floor            grpc.aio -> JetStream work queue -> pull worker -> core NATS reply, written plainly, no policy
     floor-commit     the same, and the worker stores the result by compare-and-set before it replies, as Nearloop does
-    nearloop         Execute of the tool `echo` through the real gateway and worker with the default policies
+    nearloop         Execute of the tool `echo` through the real gateway and worker with the default policies; the token bucket
+                     decides about every step as always, its rate is beyond what can be reached (the default of 5,000/s may not be)
     triton           the model `echo` of a real Triton through tritonclient.grpc.aio
     nearloop-triton  Execute of the same model through Nearloop
     memory           what a step in flight costs the gateway, with thousands of steps held (echo, floor, nearloop)
@@ -17,6 +18,8 @@ rounds; a ratio is the median of the ratios of single rounds, whose two measurem
 
 Client, gateway, worker and nats-server share this machine's cores: throughput says what the whole path costs in processor time,
 which is also shown by process, and is less than what a gateway with cores of its own would do.
+
+A measurement that fails is repeated once, five times as long, since a loaded machine can stall anybody; the report counts these.
 
 Ends with 1 when something could not be measured. A missed target is said, and is no error.
 """
@@ -91,13 +94,16 @@ class Run:
         return endpoints
 
     def measure(self, name: str, endpoint: Endpoint, round_number: int, in_flight: int) -> None:
-        """A loaded machine can stall a contestant for longer than a short measurement: then once more, for longer."""
+        """A loaded machine can stall a contestant for longer than a short measurement: then once more, for longer, and it is said."""
+        seconds = self.arguments.seconds
         try:
-            self.measure_for(self.arguments.seconds, name, endpoint, round_number, in_flight)
-        except BenchError:
-            self.measure_for(RETRY_LONGER * self.arguments.seconds, name, endpoint, round_number, in_flight)
+            self.measure_for(seconds, name, endpoint, round_number, in_flight)
+        except BenchError as error:
+            longer = RETRY_LONGER * seconds
+            print(f"  {name}, {in_flight} in flight: failed ({error}); repeated once for {longer:g} s", flush=True)
+            self.measure_for(longer, name, endpoint, round_number, in_flight, repeated=True)
 
-    def measure_for(self, seconds: float, name: str, endpoint: Endpoint, round_number: int, in_flight: int) -> None:
+    def measure_for(self, seconds: float, name: str, endpoint: Endpoint, round_number: int, in_flight: int, repeated: bool = False) -> None:
         parts = (self.generator.part, *endpoint.parts)
         before, busy_s, began = [part.cpu_s() for part in parts], machine.busy_s(), time.monotonic()
         answer = self.generator.ask(do="measure", in_flight=in_flight, seconds=seconds, warmup_s=seconds / 3, **endpoint.job)
@@ -105,7 +111,8 @@ class Run:
         capacity_s = (time.monotonic() - began) * machine.cores()
         others = max(0.0, machine.busy_s() - busy_s - sum(used_s.values())) / capacity_s
         cpu_us = {part: 1e6 * used / answer["calls"] for part, used in used_s.items()}
-        sample = report.Sample(name, round_number, in_flight, answer["per_s"], answer["p50_ms"], answer["p99_ms"], cpu_us, others)
+        measured = answer["per_s"], answer["p50_ms"], answer["p99_ms"]
+        sample = report.Sample(name, round_number, in_flight, *measured, cpu_us, others, repeated)
         self.samples.append(sample)
         print(
             f"  round {round_number}/{self.arguments.rounds}  {in_flight:>3} in flight  {name:<16}"

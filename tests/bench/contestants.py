@@ -10,15 +10,17 @@ from functools import cached_property
 from typing import Any
 
 from gateway import subjects
+from gateway.addresses import free_port
 from nearloop.v1 import gateway_pb2
 from tests.bench import echo_server, floor
-from tests.bench.parts import BenchError, LoadGenerator, Part, Parts, free_port
+from tests.bench.parts import BenchError, LoadGenerator, Part, Parts
 from workers import triton_aftermath, triton_server
 
 EXECUTE = "/nearloop.v1.Gateway/Execute"
 # About 100 bytes of JSON, as a small tool call has.
 PAYLOAD = b'{"tool":"search_docs","query":"how do I join two paths?","limit":10,"run":"agent-0007","trace":"4f2a91c3"}'
 READY_TIMEOUT_S = 60.0
+RATE_PER_S = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,34 @@ def start_triton(site: Site) -> Endpoint:
     return Endpoint((triton,), address, "", PAYLOAD, client="tritonclient")
 
 
-def start_nearloop(site: Site, *, kind: str = "tool", extra: str = "") -> Endpoint:
-    """The real gateway and worker, as `nearloop gateway` and `nearloop worker` run them; extra is more configuration, TOML."""
+def policies(limit: int) -> str:
+    """The default ones, all on, with at most `limit` steps in flight; a rate that no machine reaches, for nobody is to be refused here."""
+    return f"""
+[[policies]]
+use = "token_bucket"
+rate_per_s = {RATE_PER_S}
+burst = {RATE_PER_S}
+[[policies]]
+use = "fixed_limit"
+limit = {limit}
+[[policies]]
+use = "bounded_wait"
+[[policies]]
+use = "nearest_region"
+[[policies]]
+use = "passthrough"
+[[policies]]
+use = "parent_ratio"
+"""
+
+
+DEFAULT_POLICIES = policies(limit=256)
+# So that thousands of steps are admitted and stay in flight: a higher limit, and a suspended worker is not soon thought dead.
+ROOMY = "[worker]\nheartbeat_s = 60\n" + policies(limit=100_000)
+
+
+def start_nearloop(site: Site, *, kind: str = "tool", settings: str = DEFAULT_POLICIES) -> Endpoint:
+    """The real gateway and worker, as `nearloop gateway` and `nearloop worker` run them; settings: more configuration, TOML."""
     for module in ("gateway.cli", "workers.serve"):
         if importlib.util.find_spec(module) is None:
             raise BenchError(f"not available: there is no {module}")
@@ -127,7 +155,7 @@ urls = ["{url}"]
 modules = ["workers.builtin_tools"]
 [triton]
 url = "{triton[0][1] if triton else ""}"
-{extra}'''
+{settings}'''
     )
     where = ("--config", str(config))
     worker = site.parts.start_module("worker", "workers.serve", "--kind", kind, "--region", "home", *where)
@@ -135,26 +163,6 @@ url = "{triton[0][1] if triton else ""}"
     request = execute_request(gateway_pb2.KIND_INFER if kind == "infer" else gateway_pb2.KIND_TOOL, "echo")
     parts = (gateway, worker, nats_server, *(part for part, _ in triton))
     return Endpoint(parts, f"127.0.0.1:{port}", EXECUTE, request, nats_url=url, stream=subjects.steps_stream("home"))
-
-
-# So that thousands of steps are admitted and stay in flight: higher limits, and a suspended worker is not soon thought dead.
-ROOMY = """
-[worker]
-heartbeat_s = 60
-[[policies]]
-use = "token_bucket"
-[[policies]]
-use = "fixed_limit"
-limit = 100000
-[[policies]]
-use = "bounded_wait"
-[[policies]]
-use = "nearest_region"
-[[policies]]
-use = "passthrough"
-[[policies]]
-use = "parent_ratio"
-"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ CONTESTANTS = (
     Contestant("echo", "grpc.aio echo", start_echo, start_echo),
     Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor, start_floor),
     Contestant("floor-commit", "floor that stores results", lambda site: start_floor(site, commit=True)),
-    Contestant("nearloop", "Nearloop, tool echo", start_nearloop, lambda site: start_nearloop(site, extra=ROOMY)),
+    Contestant("nearloop", "Nearloop, tool echo", start_nearloop, lambda site: start_nearloop(site, settings=ROOMY)),
     Contestant("triton", "Triton echo, tritonclient directly", start_triton),
     Contestant("nearloop-triton", "Nearloop, Triton echo", lambda site: start_nearloop(site, kind="infer")),
 )

@@ -15,19 +15,14 @@ from typing import Any
 
 import psutil
 
+from gateway.addresses import free_port
+
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 10.0
 
 
 class BenchError(Exception):
     """One line that says what could not be measured, and why."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)

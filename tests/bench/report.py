@@ -26,6 +26,7 @@ class Sample:
     p99_ms: float
     cpu_us: dict[str, float]  # processor time a step, by process
     others: float  # share of the cores that other programs, the kernel and the hypervisor took meanwhile
+    repeated: bool = False  # measured anew and for longer, as the first measurement failed
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ def text(samples: Sequence[Sample], memory: Sequence[Memory], missing: dict[str,
         others = [sample.others for sample in samples]
         warning = ": too much to compare by" if median(others) > NOISE else ""
         lines.append(f"other programs took {median(others):.0%} of the cores meanwhile, at most {max(others):.0%}{warning}")
+        repeated = [f"{sample.contestant} at {sample.in_flight}" for sample in samples if sample.repeated]
+        if repeated:
+            lines.append(f"{len(repeated)} of {len(samples)} measurements failed and were repeated for longer: {', '.join(repeated)}")
     for verdict in verdicts(samples, memory):
         word = {True: "reached", False: "MISSED", None: "not measured"}[verdict.reached]
         value = "" if verdict.value is None else f"{verdict.value:.2f}"
