@@ -122,9 +122,10 @@ class StepFeed:
 
     def _tell(self, events: Iterable[StepEvent]) -> None:
         for event in events:
-            accepted = self._order.accept(event) if event.kind is not EventKind.ENDED else False
-            self._heard = self._heard or accepted
-            if accepted or event.kind is EventKind.ENDED:
+            if event.kind is EventKind.ENDED:  # only a hint to look: it counts in no order
+                self._items.put_nowait(event)
+            elif self._order.accept(event):
+                self._heard = True
                 self._items.put_nowait(event)
 
     def _ask(self) -> None:
