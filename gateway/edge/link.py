@@ -17,6 +17,7 @@ from gateway.errors import InvalidStep, Unavailable
 log = logging.getLogger(__name__)
 
 _CHECK_S = 0.5
+_BUSY_FOR_S = 0.01
 _CONNECT_TIMEOUT_S = 2
 _BARRIER_TRY_S = 5.0
 
@@ -136,8 +137,12 @@ class Link:
         await self._on_reconnected()
 
     def gather(self, busy: bool) -> None:
-        """While the owner is busy, messages wait for each other a moment."""
-        self._client.gathering = busy
+        """While the owner is busy, and a little longer, messages wait for each other a moment.
+
+        Longer, since quick steps come and go in bursts: between two of them nobody would look busy.
+        """
+        if busy:
+            self._client.gather_until_s = asyncio.get_running_loop().time() + _BUSY_FOR_S
 
     def send(self, subject: str, payload: bytes = b"", headers: bytes = b"", reply: str = "") -> bool:
         """Publishes without waiting; buffered while the connection is down. False when the buffer is full.

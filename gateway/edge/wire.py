@@ -110,7 +110,7 @@ class RawClient(Client):
         self.handlers: dict[bytes, Handler] = {}
         self._ps = RawParser(self)
         self._write_scheduled = False
-        self.gathering = False  # many steps are on their way: let what goes out wait for company
+        self.gather_until_s = 0.0  # by the loop's clock; until then what goes out waits for company
 
     @property
     def reader_alive(self) -> bool:
@@ -118,7 +118,7 @@ class RawClient(Client):
         return self._reading_task is not None and not self._reading_task.done()
 
     def send(self, command: bytes) -> bool:
-        """Sends at the end of this loop iteration, or a little later while `gathering`, with all that came meanwhile.
+        """Sends at the end of this loop iteration, or a little later until `gather_until_s`, with all that came meanwhile.
 
         False when it was not even buffered.
         """
@@ -130,7 +130,7 @@ class RawClient(Client):
         if connected and not self._write_scheduled:
             self._write_scheduled = True
             loop = asyncio.get_running_loop()
-            if self.gathering and self._pending_data_size < _GATHER_BYTES:
+            if loop.time() < self.gather_until_s and self._pending_data_size < _GATHER_BYTES:
                 loop.call_later(_GATHER_S, self._write_pending)
             else:
                 loop.call_soon(self._write_pending)
