@@ -13,7 +13,6 @@ from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
 from gateway.edge.delivery import NatsDelivery
 from gateway.edge.headers import block, escape
 from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, until_answered
-from gateway.edge.link import Link
 from gateway.edge.live import H_OPERATION
 from gateway.edge.pull import PullLoop
 from gateway.edge.replay import ReplayServer
@@ -205,17 +204,8 @@ class NatsWorkerBus:
             _, _, tenant, step_id = subject.split(".")
             callback(tenant, step_id)
 
-        return await self._subscribed(self.control, s.cancel("*", "*"), on_message)
+        return await self.control.listen(s.cancel("*", "*"), on_message)
 
     async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
         server = ReplayServer(self.control, answer)
-        return await self._subscribed(self.control, s.replay("*", "*"), server.on_request)
-
-    async def _subscribed(self, link: Link, subject: str, handler: Callable[[str, str, bytes, bytes], None]) -> Subscription:
-        subscription = link.subscribe(subject, handler)
-        try:
-            await link.barrier()
-        except BaseException:
-            await subscription.close()
-            raise
-        return subscription
+        return await self.control.listen(s.replay("*", "*"), server.on_request)
