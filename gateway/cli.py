@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gateway import __version__, cli_client, cli_doctor
+from gateway import __version__, cli_client, cli_doctor, cli_plugins
 from gateway.cli_common import ConfigFile, Group, run_async
 from gateway.config import Config, load
 from gateway.supervised import PartFailed
@@ -146,7 +146,10 @@ def key(tenant: Annotated[str, typer.Option(help="Whose key it is.")] = "acme") 
 @config_app.command("check", epilog="Example: `nearloop config check config/nearloop.toml`")
 def config_check(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
     """Say what is wrong with a configuration, everything at once."""
+    from gateway import loader
+
     config = load(file)
+    loader.build_policies(config, loader.find_plugins(config))
     keys = len(config.auth.keys)
     who = f"{keys} API key{'' if keys == 1 else 's'}" + (
         f", tenant {config.auth.anonymous_tenant!r} without a key" * bool(config.auth.anonymous_tenant)
@@ -171,6 +174,7 @@ def main() -> None:
 
 cli_client.register(app)
 cli_doctor.register(app)
+cli_plugins.register(app)
 app.add_typer(config_app, name="config")
 
 if __name__ == "__main__":

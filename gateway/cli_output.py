@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from gateway.cli_common import terminal_width
-from gateway.types import JSON, EventKind, Payload, StepEvent, TargetStatus
+from gateway.types import JSON, BatchCost, EventKind, Payload, StepEvent, TargetStatus
 
 if TYPE_CHECKING:
     from gateway.client import ClientJob, ClientResult
@@ -69,12 +70,21 @@ def show_targets(targets: Sequence[TargetStatus], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kind", "target", "home", "live in", "description", box=None, pad_edge=False)
+    table = Table("kind", "target", "home", "live in", box=None, pad_edge=False)
+    with_costs = any(status.batch_cost is not None for status in targets)
+    if with_costs:
+        table.add_column("batch cost")
+    table.add_column("description")
     for status in targets:
         target = status.target
         live = ", ".join(status.live_regions) or "nowhere"
-        table.add_row(target.kind.value, target.name, target.home_region, live, target.description.replace("[", "\\["))
+        costs = [_cost(status.batch_cost)] if with_costs else []
+        table.add_row(target.kind.value, target.name, target.home_region, live, *costs, target.description.replace("[", "\\["))
     Console(width=terminal_width()).print(table, highlight=False)
+
+
+def _cost(cost: BatchCost | None) -> str:
+    return f"{cost.fixed_s * 1e3:.1f} ms + {cost.each_s * 1e3:.1f} ms each" if cost is not None else ""
 
 
 def _show_payload(payload: Payload) -> None:
@@ -153,6 +163,7 @@ def _target(status: TargetStatus) -> dict[str, Any]:
         "input_schema": target.input_schema,
         "tensor_inputs": [[spec.name, spec.datatype, list(spec.shape)] for spec in target.tensor_inputs],
         "tensor_outputs": [[spec.name, spec.datatype, list(spec.shape)] for spec in target.tensor_outputs],
+        "batch_cost": asdict(status.batch_cost) if status.batch_cost is not None else None,
     }
 
 

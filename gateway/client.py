@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
+from gateway.client_pushback import Pushback
 from gateway.client_retry import RetryBudget, RetryPolicy, may_retry
+from gateway.client_session import ClientSession
+from gateway.client_throttle import ThrottlePolicy
 from gateway.client_values import ClientJob, ClientResult, Input, event_from_proto, input_to_proto, job_from_proto, result_from_proto
 from gateway.edge import convert
-from gateway.edge.dial import CONNECT_TIMEOUT_S, UNREACHABLE, Gateways, read, translate
+from gateway.edge.calls import Calls
+from gateway.edge.dial import CONNECT_TIMEOUT_S, Gateways, read
+from gateway.edge.session_call import SessionCall
 from gateway.errors import NearloopError
 from gateway.types import Kind, Lane, StepEvent, TargetStatus
 from nearloop.v1 import gateway_pb2 as pb
@@ -26,7 +31,7 @@ from nearloop.v1 import gateway_pb2 as pb
 if TYPE_CHECKING:
     from nearloop.v1.gateway_pb2_grpc import GatewayAsyncStub
 
-__all__ = ["ClientJob", "ClientResult", "NearloopClient", "RetryPolicy"]
+__all__ = ["ClientJob", "ClientResult", "ClientSession", "NearloopClient", "RetryPolicy", "ThrottlePolicy"]
 
 T = TypeVar("T")
 Items = AsyncGenerator[StepEvent | ClientResult, None]
@@ -38,7 +43,8 @@ GRACE_S = 0.5
 class NearloopClient:
     """One or several gateways that are equal. Errors are those of `gateway.errors`, with reason, scope, retry_after_s and fields.
 
-    tls is True for the machine's certificate authorities, or credentials of your own. timeout_s is for calls that name none.
+    tls is True for the machine's certificate authorities, or credentials of your own. timeout_s is for calls that name none. throttle:
+    in a long overload a part of the steps is refused here, with reason CLIENT_THROTTLED, instead of being sent; None switches it off.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class NearloopClient:
         tls: bool | grpc.ChannelCredentials = False,
         region: str = "",
         retries: RetryPolicy | None = None,
+        throttle: ThrottlePolicy | None = ThrottlePolicy(),  # noqa: B008 - frozen
         timeout_s: float = 60.0,
     ) -> None:
         self._gateways = Gateways((address,) if isinstance(address, str) else address, tls)
@@ -56,7 +63,7 @@ class NearloopClient:
         self._region = region
         self._retries = retries or RetryPolicy()
         self._timeout_s = timeout_s
-        self._budget = RetryBudget()
+        self._calls = Calls(self._gateways, Pushback(self._retries, throttle, RetryBudget(), random.random))
 
     async def __aenter__(self) -> Self:
         return self
@@ -94,7 +101,7 @@ class NearloopClient:
             answer = await stub.Execute(request, timeout=left_s + GRACE_S, metadata=(*self._metadata, *metadata))
             return result_from_proto(answer.result)
 
-        return await self._call(attempt, repeatable=bool(idempotency_key), timeout_s=timeout_s)
+        return await self._call(attempt, repeatable=bool(idempotency_key), timeout_s=timeout_s, scope=_scope(kind, target))
 
     async def stream(
         self,
@@ -124,7 +131,7 @@ class NearloopClient:
                 await items.aclose()
                 raise
 
-        items, first = await self._call(attempt, repeatable=bool(idempotency_key), timeout_s=timeout_s)
+        items, first = await self._call(attempt, repeatable=bool(idempotency_key), timeout_s=timeout_s, scope=_scope(kind, target))
         async with aclosing(items):
             yield first
             async for item in items:
@@ -153,7 +160,16 @@ class NearloopClient:
             answer = await stub.Submit(pb.SubmitRequest(step=step), timeout=left_s, metadata=(*self._metadata, *metadata))
             return job_from_proto(answer.job, answer.created)
 
-        return await self._call(attempt)
+        # Apart from steps that are executed at once: jobs wait elsewhere.
+        return await self._call(attempt, scope=f"job.{_scope(kind, target)}")
+
+    def session(self, *, metadata: Sequence[tuple[str, str]] = ()) -> ClientSession:
+        """Many steps at once on one stream, under the gateway's credits; use it with `async with`, which raises NearloopError."""
+
+        async def attempt(stub: "GatewayAsyncStub", left_s: float) -> SessionCall:
+            return await SessionCall.open(stub, (*self._metadata, *metadata), left_s)
+
+        return ClientSession(lambda: self._call(attempt), self._step, self._timeout_s)
 
     # --- jobs ---
 
@@ -235,32 +251,9 @@ class NearloopClient:
         *,
         repeatable: bool = True,
         timeout_s: float | None = None,
+        scope: str = "",
     ) -> T:
-        """Attempts until one succeeds, or no more is sensible: not safe, out of attempts, of budget or of time."""
-        deadline_s = _now_s() + (self._timeout_s if timeout_s is None else timeout_s)
-        self._budget.called()
-        index, failures, unreachable = self._gateways.current, 0, 0
-        while True:
-            left_s = max(0.001, deadline_s - _now_s())
-            try:
-                return await attempt(await self._gateways.stub(index, left_s), left_s)
-            except grpc.aio.AioRpcError as rpc_error:
-                error = translate(rpc_error)
-            except NearloopError as raised:
-                error = raised
-            if not may_retry(error, repeatable):
-                raise error
-            index = self._gateways.after(index, error)
-            if error.reason == UNREACHABLE:
-                unreachable += 1
-                if unreachable < len(self._gateways):
-                    continue  # nothing was sent: the next gateway may be asked at once, and that is no retry
-                unreachable = 0
-            failures += 1
-            wait_s = self._retries.wait_s(failures, error, random.random)
-            if failures >= self._retries.attempts or _now_s() + wait_s >= deadline_s or not self._budget.take():
-                raise error
-            await asyncio.sleep(wait_s)
+        return await self._calls.call(attempt, repeatable, self._timeout_s if timeout_s is None else timeout_s, scope)
 
 
 async def _values(events: AsyncGenerator[pb.Event, None]) -> Items:
@@ -270,6 +263,10 @@ async def _values(events: AsyncGenerator[pb.Event, None]) -> Items:
             item = event_from_proto(event)
             if item is not None:
                 yield item
+
+
+def _scope(kind: Kind | str, target: str) -> str:
+    return f"{Kind(kind).value}.{target}"
 
 
 def _set_timeout(step: pb.Step, timeout_s: float | None) -> None:

@@ -48,6 +48,8 @@ class GatewaySection(Section):
     region: RegionName = "home"
     max_input_bytes: Annotated[int, Field(ge=1024, le=64 * 1024 * 1024)] = 1024 * 1024
     max_in_flight: PositiveInt = 20_000
+    max_sessions: PositiveInt = 10_000  # one tenant gets half of them
+    session_stall_s: Positive = 600.0  # a session whose reader takes nothing for so long is ended
     max_timeout_s: Positive = 3600.0
     drain_s: Positive = 10.0
 
@@ -188,6 +190,7 @@ class PolicySection(BaseModel):
     use: str
     name: str = ""
     on_error: Literal["", "admit", "reject"] = ""
+    shadow: bool = False  # decides and is counted, has no effect
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -196,10 +199,14 @@ class PolicySection(BaseModel):
 
 DEFAULT_POLICIES = (
     PolicySection(use="token_bucket"),
-    PolicySection(use="fixed_limit"),
+    PolicySection(use="cinnamon"),
+    PolicySection(use="vegas"),
+    PolicySection(use="vtc"),
     PolicySection(use="bounded_wait"),
+    PolicySection(use="breakwater"),
     PolicySection(use="nearest_region"),
     PolicySection(use="passthrough"),
+    PolicySection(use="marginal"),
     PolicySection(use="parent_ratio"),
 )
 

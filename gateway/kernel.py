@@ -16,21 +16,38 @@ from typing import Any
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.core import outcome, routing
-from gateway.core.faults import Faults
+from gateway.core.containment import Containment, a_count, a_flow_of, failed
 from gateway.core.lifecycle import Event
 from gateway.core.passage import Passage
+from gateway.core.permits import Permits
+from gateway.core.policies import PolicySet
 from gateway.errors import Cancelled, Denied, Expired, NearloopError, Rejected, Unavailable
 from gateway.feed import StepFeed
 from gateway.jobs import Jobs
-from gateway.loader import PolicySet
-from gateway.permits import Permits
-from gateway.policy import Slot
+from gateway.permits import PermitDesk
+from gateway.policy import CreditView, Reject, Slot
 from gateway.ports import GatewayBus, Tracer
-from gateway.types import Completed, Endpoint, Flow, JobState, JobStatus, Kind, Step, StepEvent, StepResult, Target, TargetStatus
+from gateway.types import (
+    LANE_TIER,
+    BatchCost,
+    Completed,
+    Endpoint,
+    Flow,
+    JobState,
+    JobStatus,
+    Kind,
+    Step,
+    StepEvent,
+    StepResult,
+    Target,
+    TargetStatus,
+)
 
 log = logging.getLogger(__name__)
 RECONNECT_PATIENCE_S = 2.0
 LATE_BY_S = 0.05  # gRPC cancels a call at its deadline, by a clock of its own
+DEFAULT_WINDOW = 64  # steps that a session may have outstanding where no policy decides
+FAILED_WINDOW = 8  # and where one should and fails
 ROUTES_FRESH_S = 0.5  # heartbeats come every two seconds; looking at all workers for each step would cost more than it tells
 
 
@@ -45,19 +62,23 @@ class Kernel:
         clock: Clock,
         random: Callable[[], float],
         tracer: Tracer,
-        faults: Faults,
+        contain: Containment,
         catalogue: Sequence[Target] = (),
     ) -> None:
         self._config = config
-        self._policies = policies
         self._bus = bus
         self._clock = clock
         self._tracer = tracer
         self._catalogue = {target.scope: target for target in (*catalogue, *(section.target() for section in config.targets))}
-        self.faults = faults
+        self._classifiers = policies.all(Slot.CLASSIFY)
+        self._routing = policies.all(Slot.ROUTING)
+        self._credits = policies.one(Slot.CREDITS)
+        self.contain = contain
         self.counts: Counter[str] = Counter()  # how steps ended, by state
         self.service_ns = 0  # from arrival to the end, all steps together
-        self._permits = Permits(policies, clock, random, faults)
+        self.permits = Permits(policies, contain, random)
+        self._permits = PermitDesk(self.permits, clock)
+        self._sent: Counter[tuple[str, str]] = Counter()  # steps that were dispatched and have not ended, by scope and region
         self._routes: dict[str, tuple[float, tuple[Endpoint, ...]]] = {}
         self._jobs = Jobs(config, bus, clock, self.target)
         self._background: set[asyncio.Task[None]] = set()
@@ -153,16 +174,18 @@ class Kernel:
 
     def _withdraw(self, passage: Passage, region: str) -> None:
         """The caller has gone. A step that is late as well needs nothing: it is not started any more, or stops by itself."""
-        if not self._is_late(passage.flow):
+        if not self._is_late(passage.step):
             self._spawn(self._bus.withdraw(passage.step, region))
 
-    def _is_late(self, flow: Flow) -> bool:
-        return flow.deadline_s <= self._clock.wall_s() + LATE_BY_S
+    def _is_late(self, step: Step) -> bool:
+        return step.deadline_s <= self._clock.wall_s() + LATE_BY_S
 
     def _end(self, passage: Passage, error: BaseException | None) -> None:
         now_s = self._clock.now_s()
-        if isinstance(error, asyncio.CancelledError) and self._is_late(passage.flow):
+        if isinstance(error, asyncio.CancelledError) and self._is_late(passage.step):
             error = Expired("the caller's deadline passed", scope=passage.flow.scope)
+        if passage.region:
+            self._sent[passage.flow.scope, passage.region] -= 1
         passage.advance(_ENDING_EVENTS.get(type(error), Event.FAIL) if error else Event.SUCCEED)
         self.counts[passage.state.value] += 1
         self.service_ns += int((now_s - passage.arrived_s) * 1e9)
@@ -172,14 +195,17 @@ class Kernel:
     # ---- decisions -------------------------------------------------------------------------------------------------------------
 
     def _classify(self, step: Step) -> Flow:
+        """Raises Rejected when a classifier fails that is configured to reject then."""
         target = self.target(step.kind, step.target)
         cost = target.cost if target else 1.0
-        flow = Flow(step.tenant, step.target, step.kind, step.lane, step.run, step.deadline_s, cost, 0, step.client_region)
-        for named in self._policies.all(Slot.CLASSIFY):
-            try:
-                flow = named.policy.classify(step, flow)
-            except Exception as error:
-                self.faults.note(named, error)
+        deadline_s = self._clock.now_s() + step.deadline_s - self._clock.wall_s()
+        flow = Flow(step.tenant, step.target, step.kind, step.lane, step.run, deadline_s, cost, LANE_TIER[step.lane], step.client_region)
+        for named in self._classifiers:
+            classified = self.contain.call(named, "classify", a_flow_of(flow), None, step, flow)
+            if classified is not None:
+                flow = classified
+            elif isinstance(decision := failed(named), Reject):
+                raise Rejected(decision.message, reason=decision.reason, scope=decision.scope, policy=named.name)
         return flow
 
     def _route(self, passage: Passage) -> str:
@@ -190,12 +216,14 @@ class Kernel:
             candidates = self._endpoints(flow.kind, flow.target)
             if any(endpoint.workers for endpoint in candidates):
                 self._routes[scope] = (now_s, candidates)
-        live = [endpoint for endpoint in candidates if endpoint.workers]
-        region = routing.choose(self._policies.all(Slot.ROUTING), live, flow, now_s, self.faults)
-        if region is None:
+        live = [replace(endpoint, inflight=self._sent[scope, endpoint.region]) for endpoint in candidates if endpoint.workers]
+        chosen = routing.choose(self._routing, live, flow, now_s, self.contain)
+        if chosen is None:
             message = f"no worker serves {scope} now: start one, or submit a job, which waits for it"
             raise Unavailable(message, reason="NO_WORKERS", scope=scope, retry_after_s=self._config.worker.heartbeat_s)
-        return region
+        passage.region = chosen.region
+        self._sent[scope, chosen.region] += 1
+        return chosen.region
 
     def _endpoints(self, kind: Kind, name: str) -> tuple[Endpoint, ...]:
         target = self.target(kind, name) or Target(kind, name)
@@ -238,6 +266,15 @@ class Kernel:
         await self._jobs.cancel(job)
         return await self._jobs.status(job)
 
+    # ---- sessions --------------------------------------------------------------------------------------------------------------
+
+    def window(self, tenant: str, sessions: int, tenant_sessions: int, granted: int, outstanding: int) -> int:
+        if self._credits is None:
+            return DEFAULT_WINDOW
+        view = CreditView(tenant, sessions, tenant_sessions, granted, outstanding, self.permits.wait.value)
+        window: int = self.contain.call(self._credits, "window", a_count, FAILED_WINDOW, view, self._clock.now_s())
+        return DEFAULT_WINDOW if self._credits.shadow else window
+
     # ---- catalogue -------------------------------------------------------------------------------------------------------------
 
     def target(self, kind: Kind, name: str) -> Target | None:
@@ -248,9 +285,18 @@ class Kernel:
         known = {**self._catalogue, **self._bus.targets()}
         chosen = [target for _, target in sorted(known.items()) if kind in (None, target.kind)]
         return [
-            TargetStatus(target, tuple(endpoint.region for endpoint in self._endpoints(target.kind, target.name) if endpoint.workers))
+            TargetStatus(
+                target,
+                tuple(endpoint.region for endpoint in self._endpoints(target.kind, target.name) if endpoint.workers),
+                self._batch_cost(target),
+            )
             for target in chosen
         ]
+
+    def _batch_cost(self, target: Target) -> BatchCost | None:
+        """Of the worker that has seen the most batches."""
+        costs = [worker.batch_costs[target.scope] for worker in self._bus.workers() if target.scope in worker.batch_costs]
+        return max(costs, key=lambda cost: cost.batches, default=None)
 
     # ---- background ------------------------------------------------------------------------------------------------------------
 

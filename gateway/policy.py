@@ -1,17 +1,31 @@
 """The policy Protocols: what a plugin implements. One for each slot.
 
 A policy is synchronous and pure: time (`now_s`, monotonic seconds) and randomness (`random`, 0 <= x < 1) are arguments, views are
-read-only, and its state lives in its own object. The kernel owns queues, clock, random source and counters.
+read-only, and its state lives in its own object. The kernel owns queues, clock, random source and counters. It never calls two methods
+of a policy at once.
+
+Which object decides about what:
+
+    limit, ordering, backpressure, batching   one object for each scope (target)
+    fairness                                  one object for each scope and tier
+    admission                                 one object for the process, or one for each scope where PolicyType.per_scope says so
+    all others                                one object for the process
 
 Composition, fixed by the kernel:
 
     classify       each in the order of the config; the later one sees what the earlier one made
     admission      in the order of the config, cheapest first; any Reject wins, earlier ones are released in reverse
     limit          the minimum
-    fairness       one: which flow is next          ordering   one: which step of that flow is next
-    backpressure   the largest retry-after          routing    the sum of weighted scores; the highest wins
-    batching       one for each model               sampling   head: the maximum, never below an upstream decision; tail: any Keep
-    redaction      each in order                    observers  all
+    tiers          the most important tier that waits goes first; a full queue gives up its least important step for a more important one
+    fairness       one: which flow of the tier is next       ordering   one: which step of that flow is next
+    backpressure   all must agree that a step waits, the shortest wait counts; the largest retry-after
+    credits        one: how much may a session have in flight
+    routing        the sum of weighted scores; the highest wins
+    batching       the first that serves the model
+    sampling       head: the maximum, never below an upstream decision; tail: any Keep
+    redaction      each in order                             observers  all
+
+Any policy may have a method `reconfigure(config)`: parameters were changed while it runs, its state stays. Without it they cannot be.
 """
 
 from collections.abc import Hashable, Mapping
@@ -19,7 +33,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from gateway.types import Endpoint, Flow, Step
+from gateway.types import BatchCost, Endpoint, Flow, Step
 
 
 class Slot(StrEnum):
@@ -29,6 +43,7 @@ class Slot(StrEnum):
     FAIRNESS = "fairness"
     ORDERING = "ordering"
     BACKPRESSURE = "backpressure"
+    CREDITS = "credits"
     ROUTING = "routing"
     BATCHING = "batching"
     HEAD_SAMPLING = "head_sampling"
@@ -38,7 +53,10 @@ class Slot(StrEnum):
 
 
 class OnError(StrEnum):
-    """What the kernel does for a policy that raises: go on without it, or reject the step."""
+    """What the kernel does for a policy that raises, answers nonsense or is suspended: go on without it, or reject the step.
+
+    It applies to the slots that can refuse a step: classify, admission and backpressure (`may_wait`). Others are gone without.
+    """
 
     ADMIT = "admit"
     REJECT = "reject"
@@ -58,6 +76,7 @@ class PolicyType:
     build: Any  # Callable[[config], policy]; typed loosely, since each slot has its own Protocol
     summary: str = ""
     on_error: OnError = OnError.ADMIT
+    per_scope: bool = False  # admission: one object for each target
 
 
 # ---- decisions -----------------------------------------------------------------------------------------------------------------
@@ -65,15 +84,20 @@ class PolicyType:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Go on. `state` is given back to the policy in `release`, so that a reservation can be undone."""
+    """Go on. `state` is given back to the policy in `release`, so that a reservation can be undone.
+
+    favoured: the gate's policies see it in `Flow.favoured`; refusing this step costs more than refusing another of its tier.
+    """
 
     state: Any = None
+    favoured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
     """Refuse now. reason is UPPER_SNAKE_CASE; scope says whose limit it is; retry_after_s is None when unknown.
 
+    drain_hint: the backpressure policies are asked for the hint, since it is the target's load that will be over or not.
     denied: not a matter of load, so coming back is no use (PERMISSION_DENIED instead of RESOURCE_EXHAUSTED).
     """
 
@@ -82,6 +106,7 @@ class Reject:
     scope: str = ""
     retry_after_s: float | None = None
     denied: bool = False
+    drain_hint: bool = False
 
 
 Decision = Admit | Reject
@@ -98,16 +123,20 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A finished step, for limits and estimators. Times in seconds; inflight as it was when the step started."""
+    """A finished step, for limits and estimators. Times in seconds; inflight as it was when the step got its permit, itself included.
+
+    cost is what the step really cost: its estimate times its service time over the average of its target, once that is known.
+    """
 
     scope: str
     ending: Ending
-    round_trip_s: float
-    queue_s: float
-    service_s: float
+    round_trip_s: float  # from dispatch to result; 0 when it was never dispatched
+    queue_s: float  # of it, in the queue, as the worker measured it
+    service_s: float  # of it, executing, waiting inside Triton included
     inflight: int
     cost: float = 1.0
-    level: int = 0  # overload level that the worker reported, 0 for none
+    worker_wait_s: float = 0.0  # average queue wait that its worker saw over its last window, all gateways' steps together
+    waited_s: float = 0.0  # for its permit
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------------------
@@ -115,14 +144,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ScopeView:
-    """A concurrency limit's scope as policies see it."""
+    """A concurrency limit's scope as policies see it. Measured values are 0 while unknown."""
 
     scope: str
     inflight: int
     limit: int
     waiting: int
     oldest_wait_s: float
-    drain_per_s: float  # measured completions a second, 0 when unknown
+    drain_per_s: float  # completions a second
+    round_trip_s: float = 0.0  # of recent successful steps, from dispatch to result: exponential average
+    service_s: float = 0.0  # of it, executing
 
 
 # ---- slots ---------------------------------------------------------------------------------------------------------------------
@@ -149,15 +180,15 @@ class AdmissionPolicy(Protocol):
 
 
 class LimitPolicy(Protocol):
-    """How many steps of a scope may be in flight, and how many may wait how long?"""
+    """How many steps of a scope may be in flight?"""
 
     def limit(self, scope: str) -> int: ...
 
-    def on_sample(self, sample: Sample, now_s: float) -> None: ...
+    def on_sample(self, sample: Sample, now_s: float, random: float) -> None: ...
 
 
 class FairnessPolicy(Protocol):
-    """Which flow may dispatch next?"""
+    """Which flow may dispatch next? Asked about the waiting steps of one tier."""
 
     def key(self, flow: Flow) -> Hashable:
         """Steps with the same key share a queue."""
@@ -176,27 +207,51 @@ class FairnessPolicy(Protocol):
         ...
 
     def charge(self, key: Hashable, flow: Flow, cost: float, now_s: float) -> None:
-        """Cost at dispatch, and corrections (also negative) when the real cost is known."""
+        """The estimated cost at dispatch; when the step has ended the difference to the real cost, which may be negative."""
         ...
+
+
+OrderKey = tuple[float, ...]
 
 
 class OrderingPolicy(Protocol):
     """Which step of a flow is next? The smallest key; ties by arrival."""
 
-    def key(self, flow: Flow, arrived_s: float, view: ScopeView) -> float: ...
+    def key(self, flow: Flow, arrived_s: float, view: ScopeView) -> OrderKey: ...
 
 
 class BackpressurePolicy(Protocol):
     """May a step wait, until when, and what hint does a refused client get?"""
 
     def may_wait(self, flow: Flow, view: ScopeView, now_s: float) -> float | None:
-        """Longest wait in seconds, or None to refuse at once."""
+        """Longest wait in seconds, or None when the queue is full for it."""
+        ...
+
+    def may_start(self, flow: Flow, waited_s: float, view: ScopeView, now_s: float) -> bool:
+        """It is the turn of a step that waited: False refuses it instead, when waiting has made it worthless."""
         ...
 
     def retry_after_s(self, flow: Flow, view: ScopeView, now_s: float, random: float) -> float | None: ...
 
-    def credits(self, client: str, view: ScopeView, now_s: float) -> int:
-        """Steps that a session may have in flight."""
+
+@dataclass(frozen=True, slots=True)
+class CreditView:
+    """The sessions of a gateway when one of them is asked about. A step on a session is outstanding until its answer was written."""
+
+    tenant: str
+    sessions: int  # open ones, all tenants
+    tenant_sessions: int
+    granted: int  # credits of all sessions together that are granted: unused ones and outstanding steps
+    outstanding: int  # steps of this session
+    wait_s: float  # for a permit, of the steps that got one lately, all scopes: exponential average
+
+
+class CreditPolicy(Protocol):
+    """How many steps may a session have outstanding?"""
+
+    def window(self, view: CreditView, now_s: float) -> int:
+        """At least 1, or a session could never do anything. What was granted before is not taken back: a smaller window is reached by
+        granting nothing new."""
         ...
 
 
@@ -207,6 +262,20 @@ class RoutingPolicy(Protocol):
 
     def score(self, flow: Flow, endpoint: Endpoint, now_s: float) -> float | None: ...
 
+    def chosen(self, flow: Flow, endpoint: Endpoint, now_s: float) -> None:
+        """The step goes there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model as its worker knows it."""
+
+    name: str
+    max_batch_size: int  # 0 or 1: it takes no batches
+    server_batches: bool  # the model server has a batcher of its own for it
+    instances: int  # executions that the server can run at once
+
 
 @dataclass(frozen=True, slots=True)
 class BatchView:
@@ -215,19 +284,27 @@ class BatchView:
     size: int
     max_size: int
     oldest_wait_s: float
-    least_slack_s: float
-    idle_slots: int
+    least_slack_s: float  # until the first deadline among them
+    idle_slots: int  # executions that could start at once
     arrivals_per_s: float
 
 
 class BatchingPolicy(Protocol):
     """Send what is here, or wait for more?"""
 
+    def serves(self, model: ModelView) -> bool:
+        """Is it the one for this model? The first policy that says so gets an object for it."""
+        ...
+
     def wait_s(self, view: BatchView, now_s: float) -> float:
-        """0 sends now; otherwise asks again after that time or at the next arrival."""
+        """0 sends now; otherwise asks again after that time, at the next arrival, or when an execution ended."""
         ...
 
     def on_batch(self, size: int, service_s: float, now_s: float) -> None: ...
+
+    def learnt(self) -> BatchCost | None:
+        """What is known of the model's cost by now, for people to look at."""
+        ...
 
 
 class HeadSampler(Protocol):
@@ -271,9 +348,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A policy instance with its name from the configuration and what to do when it raises."""
+    """A policy object with its name from the configuration and what to do when it raises.
+
+    shadow: it decides, its decisions are counted, and they have no effect.
+    """
 
     name: str
     slot: Slot
     policy: Any
     on_error: OnError
+    shadow: bool = False
+
+
+# Slots whose policies are built for each scope, whatever PolicyType.per_scope says.
+SCOPED = frozenset({Slot.LIMIT, Slot.FAIRNESS, Slot.ORDERING, Slot.BACKPRESSURE, Slot.BATCHING})

@@ -3,7 +3,7 @@
 from asyncio import Future
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.types import (
     Completed,
@@ -20,6 +20,13 @@ from gateway.types import (
     TargetStatus,
     WorkerInfo,
 )
+
+
+class Verdict(NamedTuple):
+    """What became of a policy's parameter that was changed from outside."""
+
+    applied: bool
+    message: str
 
 
 class Subscription(Protocol):
@@ -47,6 +54,10 @@ class StepService(Protocol):
     def watch(self, tenant: str, job_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]: ...
 
     async def cancel(self, tenant: str, job_id: str) -> JobStatus: ...
+
+    def window(self, tenant: str, sessions: int, tenant_sessions: int, granted: int, outstanding: int) -> int:
+        """How many steps a session may have outstanding; the numbers are those of `policy.CreditView`."""
+        ...
 
     def target(self, kind: Kind, name: str) -> Target | None: ...
 

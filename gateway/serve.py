@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway import __version__, loader
-from gateway.clock import SystemClock
+from gateway.clock import Clock, SystemClock
 from gateway.config import Config
-from gateway.core.faults import Faults
+from gateway.core.containment import Containment, Report
 from gateway.edge.bus import NatsGatewayBus
 from gateway.edge.ingress import Ingress
+from gateway.edge.policy_bucket import PolicyBucket
 from gateway.edge.service import ServiceEndpoint, ServiceResponder
 from gateway.edge.telemetry import StepTracer, build_provider, shut_down
 from gateway.kernel import Kernel
+from gateway.live_policies import LivePolicies
 from gateway.policy import Named, Slot
 
 log = logging.getLogger(__name__)
 CHECK_TRANSPORT_S = 0.5
+LOG_FAULT_S = 10.0
 
 
 def default_name(role: str) -> str:
@@ -38,10 +41,20 @@ def tune_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def log_fault(named: Named, error: Exception) -> None:
-    log.error(
-        "policy %s (%s) raised %s: %s; going on as on_error=%s says", named.name, named.slot, type(error).__name__, error, named.on_error
-    )
+def log_fault(clock: Clock) -> Report:
+    """Logs what goes wrong with a policy, each policy at most every LOG_FAULT_S: one that fails with every step must not fill the log."""
+    said: dict[str, tuple[float, int]] = {}  # when a policy was named last, and how often it was not since then
+
+    def report(named: Named, what: str) -> None:
+        last_s, unsaid = said.get(named.name, (float("-inf"), 0))
+        if clock.now_s() - last_s < LOG_FAULT_S:
+            said[named.name] = (last_s, unsaid + 1)
+            return
+        said[named.name] = (clock.now_s(), 0)
+        more = f" (and {unsaid} times more since this was said last)" if unsaid else ""
+        log.error("policy %s (%s): %s; going on as on_error = %s says%s", named.name, named.slot, what, named.on_error, more)
+
+    return report
 
 
 async def run_gateway(config: Config, *, port_file: str | None = None, stop: asyncio.Event | None = None) -> None:
@@ -52,14 +65,17 @@ async def run_gateway(config: Config, *, port_file: str | None = None, stop: asy
     stopping = stop or _stop_on_signals()
     name = config.gateway.name or default_name("gateway")
     clock, manager = SystemClock(), loader.find_plugins(config)
-    policies, faults = loader.build_policies(config, manager), Faults(log_fault)
+    policies, contain = loader.build_policies(config, manager), Containment(log_fault(clock), clock.now_s)
     provider = build_provider(config.telemetry, "gateway", name)
-    tracer = StepTracer(provider, policies.all(Slot.HEAD_SAMPLING), faults, clock, random.random)
+    tracer = StepTracer(provider, policies.all(Slot.HEAD_SAMPLING), contain, clock, random.random)
     bus = NatsGatewayBus(config, name, clock)
-    kernel = Kernel(config, policies, bus, clock, random.random, tracer, faults, loader.plugin_targets(config, manager))
+    kernel = Kernel(config, policies, bus, clock, random.random, tracer, contain, loader.plugin_targets(config, manager))
     ingress = Ingress(config, kernel, clock, bus.new_id)
+    live = LivePolicies(policies, lambda: kernel.permits.fill(clock.now_s()))
+    bucket = PolicyBucket(bus.js, name, live.change)
     await bus.start()
     try:
+        await bucket.start()
         port = await ingress.start()
         address = f"{config.gateway.listen.rpartition(':')[0]}:{port}"
         responder = ServiceResponder(
@@ -88,6 +104,7 @@ async def run_gateway(config: Config, *, port_file: str | None = None, stop: asy
         await responder.stop()
         await kernel.close()
     finally:
+        await bucket.close()
         await bus.close()
         await shut_down(provider)
 
@@ -104,9 +121,13 @@ async def _follow_transport(bus: NatsGatewayBus, ingress: Ingress) -> None:
 
 
 def _endpoints(kernel: Kernel) -> Sequence[ServiceEndpoint]:
-    """What `nats service stats` shows of a gateway: the steps, by how they ended."""
+    """What `nats service stats` shows of a gateway: the steps, by how they ended, and what its policies did."""
     failed = sum(count for state, count in kernel.counts.items() if state != "done")
-    return [ServiceEndpoint("steps", "nl.step.>", kernel.counts["done"] + failed, failed, kernel.service_ns, "")]
+    policies: dict[str, dict[str, int]] = {}
+    for (policy, event), count in sorted(kernel.contain.counts.items()):
+        policies.setdefault(policy, {})[event] = count
+    data = {"states": dict(kernel.counts), "policies": policies, "gates": kernel.permits.gates()}
+    return [ServiceEndpoint("steps", "nl.step.>", kernel.counts["done"] + failed, failed, kernel.service_ns, "", data)]
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -32,6 +32,7 @@ MARK_LENGTH = 8
 RESULTS_REPUBLISH = {"src": "nl.result.*.*", "dest": f"nl.reply.{{{{left(2,{MARK_LENGTH})}}}}.{{{{wildcard(2)}}}}"}
 TARGETS_BUCKET = "nl-targets"  # key <kind>.<target>: what workers say about a target, JSON
 WORKERS_BUCKET = "nl-workers"  # key <region>.<worker>: heartbeats, JSON, gone when they stop
+POLICY_BUCKET = "nl-policy"  # key <policy>.<parameter>: a value for it; status.<process>.<policy>.<parameter>: what became of it
 HANDBACKS_BUCKET = "nl-handbacks"  # key <tenant>.<step id>: how often workers handed the step back, a number; gone after its deadline
 
 # Headers of a step message; the body is the input as sent.
@@ -54,6 +55,7 @@ H_REGION = "Nl-Region"
 H_WORKER = "Nl-Worker"
 H_QUEUE_US = "Nl-Queue-Us"
 H_SERVICE_US = "Nl-Service-Us"
+H_WORKER_WAIT_US = "Nl-Worker-Wait-Us"  # left out when 0
 H_CODE = "Nl-Code"
 H_REASON = "Nl-Reason"
 H_MESSAGE = "Nl-Message"

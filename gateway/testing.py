@@ -13,7 +13,7 @@ from typing import Any
 from gateway import loader
 from gateway.clock import Clock
 from gateway.config import parse
-from gateway.core.faults import Faults
+from gateway.core.containment import Containment
 from gateway.kernel import Kernel
 from gateway.policy import Named
 from gateway.testing_bus import MemoryBus
@@ -42,17 +42,19 @@ def make_kernel(
     settings: Mapping[str, Any] | None = None,
     random: float = 0.5,
 ) -> Kernel:
-    """A kernel with these `[[policies]]` and no others; `random` is every random number; faults are in `kernel.faults.counts`.
+    """A kernel with these `[[policies]]` and no others; `random` is every random number.
+
+    What happened to policies is in `kernel.contain.counts`.
 
     settings are further sections of the configuration. Raises ConfigError.
     """
     config = parse({**(settings or {}), "policies": list(policies), "plugins": list(plugins)})
     manager = loader.find_plugins(config)
     built = loader.build_policies(config, manager)
-    faults = Faults(_forget)
+    contain = Containment(_forget, clock.now_s)
     targets = loader.plugin_targets(config, manager)
-    return Kernel(config, built, bus.gateway(), clock, lambda: random, NoTracer(), faults, targets)
+    return Kernel(config, built, bus.gateway(), clock, lambda: random, NoTracer(), contain, targets)
 
 
-def _forget(named: Named, error: Exception) -> None:
+def _forget(named: Named, what: str) -> None:
     """Counted is enough in a test."""

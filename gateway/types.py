@@ -27,6 +27,9 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 
+TIERS = 6  # of importance: 0 is served first and shed last
+LANE_TIER: Mapping[Lane, int] = MappingProxyType({Lane.INTERACTIVE: 1, Lane.STANDARD: 3, Lane.BATCH: 5})
+
 
 class Status(StrEnum):
     """How a step ended. Every accepted step gets exactly one of these."""
@@ -74,7 +77,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What policies see of a step: who is charged, how urgent, how expensive. `cost` is in the target's cost units."""
+    """What policies see of a step: who is charged, how urgent, how expensive.
+
+    deadline_s is on the clock of the policies' `now_s` (monotonic), not wall-clock time as in `Step`. cost is in the target's cost units,
+    an estimate until the step has ended. tier is from 0, the most important, to TIERS - 1; the lane gives it, a classifier may change it.
+    """
 
     tenant: str
     target: str
@@ -83,8 +90,9 @@ class Flow:
     run: str = ""
     deadline_s: float = float("inf")
     cost: float = 1.0
-    criticality: int = 0
+    tier: int = LANE_TIER[Lane.STANDARD]
     client_region: str = ""
+    favoured: bool = False  # by admission, for example as a step of a run that was begun
 
     @property
     def scope(self) -> str:
@@ -141,6 +149,7 @@ class StepResult:
     code: str = ""  # a gRPC status name such as INVALID_ARGUMENT, empty when the step is done
     reason: str = ""  # UPPER_SNAKE_CASE
     message: str = ""
+    worker_wait_us: int = 0  # average wait for this worker, of all gateways' steps for the target, over its last window
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +229,21 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchCost:
+    """What was learnt about a model's executions: a batch of b steps takes fixed_s + each_s * b seconds."""
+
+    fixed_s: float
+    each_s: float
+    batches: int  # that this was learnt from
+
+
+@dataclass(frozen=True, slots=True)
 class TargetStatus:
-    """A target and the regions that have live workers for it."""
+    """A target, the regions that have live workers for it, and what one of them learnt about the cost of its batches."""
 
     target: Target
     live_regions: tuple[str, ...] = ()
+    batch_cost: BatchCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +257,7 @@ class WorkerInfo:
     slots: int = 0
     running: int = 0
     draining: bool = False
+    batch_costs: Mapping[str, BatchCost] = field(default_factory=dict)  # by scope, where something was learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,3 +270,10 @@ class Endpoint:
     running: int
     round_trip_s: float  # from the region of the gateway
     home: bool  # the target's home region
+    inflight: int = 0  # steps for the target that this gateway has sent there and that have not ended
+
+    @property
+    def load(self) -> float:
+        """Steps there for each slot: what all gateways have running, as of the last heartbeat, or what this one has in flight, whichever
+        is more. 0 while no slots are known."""
+        return max(self.running, self.inflight) / self.slots if self.slots else 0.0

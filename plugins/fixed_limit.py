@@ -29,8 +29,11 @@ class FixedLimit:
     def limit(self, scope: str) -> int:
         return self._config.scopes.get(scope, self._config.limit)
 
-    def on_sample(self, sample: Sample, now_s: float) -> None:
+    def on_sample(self, sample: Sample, now_s: float, random: float) -> None:
         """A constant learns nothing."""
+
+    def reconfigure(self, config: FixedLimitConfig) -> None:
+        self._config = config
 
 
 @hookimpl

@@ -1,35 +1,76 @@
-"""Question: which region gets the step?
+"""Question: which region gets the step, and when may it be the next one?
 
-The one from which the target's API is nearest: its home while it has live workers, otherwise the live region with the smallest round trip.
-A region without live workers is excluded. The score is minus the round trip in seconds, with a bonus for the home region that is larger
-than any round trip. No state.
+The one from which the target's API is nearest: its home, otherwise the live region with the smallest round trip. Unless it is loaded
+beyond a bound: with more than `spill_at` steps for each slot (1.25 is the bound of consistent hashing with bounded loads, Mirrokni,
+Thorup and Zadimoghaddam 2016) the next region gets the step, when that one is within the bound and less than `max_spill_ms` farther.
+Where all are beyond it nothing spills. Score, in seconds:
+
+    home within the bound   1                              another within the bound   -round_trip_s
+    home beyond it          -max_spill_s                   another beyond it          -round_trip_s - max_spill_s
+
+The load is `Endpoint.load`. A gateway's own steps in flight are known exactly at each decision, so what spills is what goes over the
+bound, and nothing swings. What others have running is as old as the last heartbeat, never more than the slots, and matters only with
+`spill_at` below 1; then all gateways would move at once, and back. So at most the share `max_share` of a target's steps spills from its
+home, evenly spread: a spilled step adds 1 - max_share to a debt, one that went home pays max_share of it, and no more spill while there
+is too much. State: that debt for each target; the least recently used one is dropped.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gateway import Endpoint, Flow, PolicyType, Slot, hookimpl
 
-_HOME_BONUS = 60.0  # seconds
+_MAX_TARGETS = 1000
 
 
 @dataclass(frozen=True)
 class NearestRegionConfig:
-    """weight: of this score among those of other routing policies."""
+    """weight: of this score among those of other routing policies. spill_at: load (steps for each slot) beyond which a region is left, 0
+    for never. max_spill_ms: extra round trip that a step may be sent. max_share: of a target's steps that may leave its home, 0 to 1."""
 
     weight: float = 1.0
+    spill_at: float = 1.25
+    max_spill_ms: float = 100.0
+    max_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.spill_at < 0 or self.max_spill_ms < 0:
+            raise ValueError("weight, spill_at and max_spill_ms must not be negative")
+        if not 0 <= self.max_share <= 1:
+            raise ValueError("max_share must be from 0 to 1")
 
 
 class NearestRegion:
     def __init__(self, config: NearestRegionConfig) -> None:
+        self._debts: OrderedDict[str, float] = OrderedDict()  # by scope, 0 to 1
+        self.reconfigure(config)
+
+    def reconfigure(self, config: NearestRegionConfig) -> None:
+        self._config = config
         self.weight = config.weight
+        self._max_spill_s = config.max_spill_ms / 1000
 
     def score(self, flow: Flow, endpoint: Endpoint, now_s: float) -> float | None:
         if endpoint.workers == 0:
             return None
-        return (_HOME_BONUS if endpoint.home else 0.0) - endpoint.round_trip_s
+        config = self._config
+        beyond = config.spill_at > 0 and endpoint.load > config.spill_at
+        if not endpoint.home:
+            return -endpoint.round_trip_s - (self._max_spill_s if beyond else 0.0)
+        if beyond and self._debts.get(flow.scope, 0.0) < config.max_share:
+            return -self._max_spill_s
+        return 1.0
+
+    def chosen(self, flow: Flow, endpoint: Endpoint, now_s: float) -> None:
+        debts, scope = self._debts, flow.scope
+        debt = debts.get(scope, 0.0) + (0.0 if endpoint.home else 1.0) - self._config.max_share
+        debts[scope] = min(max(debt, 0.0), 1.0)
+        debts.move_to_end(scope)
+        if len(debts) > _MAX_TARGETS:
+            debts.popitem(last=False)
 
 
 @hookimpl
 def nearloop_policy_types() -> Iterable[PolicyType]:
-    return [PolicyType("nearest_region", Slot.ROUTING, NearestRegionConfig, NearestRegion, "the region nearest to the target's API")]
+    return [PolicyType("nearest_region", Slot.ROUTING, NearestRegionConfig, NearestRegion, "the target's home, spilling within bounds")]

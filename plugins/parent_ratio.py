@@ -25,6 +25,9 @@ class ParentRatio:
     def __init__(self, config: ParentRatioConfig) -> None:
         self._ratio = config.ratio
 
+    def reconfigure(self, config: ParentRatioConfig) -> None:
+        self._ratio = config.ratio
+
     def probability(self, flow: Flow, upstream_sampled: bool | None, now_s: float) -> float:
         if upstream_sampled is None:
             return self._ratio

@@ -65,6 +65,8 @@ class FakeService:
         self.cancelled = asyncio.Event()
         self.closed = asyncio.Event()
         self.on_execute: Callable[[Step], Any] | None = None  # may raise, or return an awaitable for the output
+        self.windows: list[tuple[Any, ...]] = []
+        self.on_window: Callable[[int], int] = lambda outstanding: 4
         self.on_stream: Callable[[Any], AsyncGenerator[StepEvent | Completed, None]] | None = None
 
     async def execute(self, step: Step) -> Completed:
@@ -123,6 +125,10 @@ class FakeService:
     async def cancel(self, tenant: str, job_id: str) -> JobStatus:
         self.calls.append(("cancel", tenant, job_id))
         return await self.job(tenant, job_id)
+
+    def window(self, tenant: str, sessions: int, tenant_sessions: int, granted: int, outstanding: int) -> int:
+        self.windows.append((tenant, sessions, tenant_sessions, granted, outstanding))
+        return self.on_window(outstanding)
 
     def target(self, kind: Kind, name: str) -> Target | None:
         return self.known.get((kind, name))

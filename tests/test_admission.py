@@ -1,13 +1,11 @@
 from dataclasses import dataclass, field
 
-from gateway.core.admission import AdmissionChain
+from gateway.core.admission import AdmissionChain, Refusal, Reservations
+from gateway.core.containment import Containment
 from gateway.core.estimators import Rate
 from gateway.core.events import EventOrder
-from gateway.core.faults import Faults
-from gateway.core.routing import choose, endpoints
 from gateway.policy import Admit, Decision, Ending, Named, OnError, Reject, Sample, ScopeView, Slot
-from gateway.types import Endpoint, EventKind, Flow, Kind, Lane, StepEvent, Target, WorkerInfo
-from plugins.nearest_region import NearestRegion, NearestRegionConfig
+from gateway.types import EventKind, Flow, Kind, Lane, StepEvent
 
 FLOW = Flow("t", "x", Kind.TOOL, Lane.STANDARD)
 VIEW = ScopeView("tool.x", 0, 1, 0, 0.0, 0.0)
@@ -33,27 +31,30 @@ class Scripted:
         self.log.append(f"ended {self.name} {state}")
 
 
-def chain(log: list[str], *decisions: Decision | Exception | None, on_error: OnError = OnError.ADMIT) -> tuple[AdmissionChain, Faults]:
-    faults = Faults(lambda named, error: log.append(f"fault {named.name}"))
-    named = [Named(f"p{i}", Slot.ADMISSION, Scripted(f"p{i}", decision, log), on_error) for i, decision in enumerate(decisions)]
-    return AdmissionChain(named, faults, lambda: 0.5), faults
+def chain(
+    log: list[str], *decisions: Decision | Exception | None, on_error: OnError = OnError.ADMIT, shadow: bool = False
+) -> tuple[AdmissionChain, Containment]:
+    contain = Containment(lambda named, what: log.append(f"fault {named.name}: {what}"), lambda: 0.0)
+    named = [Named(f"p{i}", Slot.ADMISSION, Scripted(f"p{i}", decision, log), on_error, shadow) for i, decision in enumerate(decisions)]
+    return AdmissionChain(named, contain, lambda: 0.5), contain
+
+
+def admitted(entered: Reservations | Refusal) -> Reservations:
+    assert not isinstance(entered, Refusal)
+    return entered
 
 
 def test_a_reject_releases_earlier_reservations_in_reverse() -> None:
     log: list[str] = []
     admission, _ = chain(log, Admit("a"), Admit("b"), Reject("NO", "no"), Admit("never"))
-    reserved, reject, policy = admission.enter(FLOW, VIEW, 0.0)
-    assert (reserved, policy) == ([], "p2")
-    assert reject == Reject("NO", "no")
+    assert admission.enter(FLOW, VIEW, 0.0) == Refusal(Reject("NO", "no"), "p2")
     assert log == ["decide p0", "decide p1", "decide p2", "release p1 b", "release p0 a"]
 
 
 def test_an_admitted_step_ends_at_every_policy() -> None:
     log: list[str] = []
     admission, _ = chain(log, Admit("a"), Admit("b"))
-    reserved, reject, _ = admission.enter(FLOW, VIEW, 0.0)
-    assert reject is None
-    admission.ended(reserved, FLOW, SAMPLE, 1.0)
+    admission.ended(admitted(admission.enter(FLOW, VIEW, 0.0)), FLOW, SAMPLE, 1.0)
     assert log[2:] == ["ended p0 a", "ended p1 b"]
 
 
@@ -61,11 +62,29 @@ def test_a_fault_is_answered_as_declared_and_counted() -> None:
     for on_error, rejected in ((OnError.ADMIT, False), (OnError.REJECT, True)):
         for nonsense in (ValueError("x"), None):
             log: list[str] = []
-            admission, faults = chain(log, Admit("a"), nonsense, on_error=on_error)
-            _, reject, policy = admission.enter(FLOW, VIEW, 0.0)
-            assert (reject is not None) == rejected
-            assert policy == ("p1" if rejected else "")
-            assert faults.counts == {"p1": 1}
+            admission, contain = chain(log, Admit("a"), nonsense, on_error=on_error)
+            entered = admission.enter(FLOW, VIEW, 0.0)
+            if rejected:
+                assert isinstance(entered, Refusal)
+                assert (entered.policy, entered.reject.reason) == ("p1", "POLICY_FAILED")
+                assert log[-1] == "release p0 a"
+            else:
+                admission.ended(admitted(entered), FLOW, SAMPLE, 1.0)
+                assert log[-1] == "ended p0 a", "a policy that made no decision does not hear of the end"
+            assert contain.counts == {("p1", "faults"): 1} | ({("p1", "rejected"): 1} if rejected else {})
+            (fault,) = [line for line in log if line.startswith("fault")]
+            assert (
+                fault
+                == f"fault p1: decide() raised {'ValueError: x' if nonsense else 'TypeError: it returned NoneType, not Admit or Reject'}"
+            )
+
+
+def test_a_shadow_keeps_nobody_out() -> None:
+    log: list[str] = []
+    admission, contain = chain(log, Admit("a"), Reject("NO", "no"), shadow=True)
+    admission.ended(admitted(admission.enter(FLOW, VIEW, 0.0)), FLOW, SAMPLE, 1.0)
+    assert log == ["decide p0", "decide p1", "ended p0 a"]
+    assert contain.counts == {("p1", "shadow_rejected"): 1}
 
 
 def test_rate_is_unbiased_from_the_start_and_forgets() -> None:
@@ -91,25 +110,3 @@ def test_events_come_once_in_order_and_gaps_show() -> None:
     assert not order.gap(event(2, 1))
     assert order.accept(event(2, 1))
     assert not order.accept(event(1, 9)), "an attempt that is over"
-
-
-def test_routing_prefers_home_then_near_and_leaves_dead_regions_out() -> None:
-    target = Target(Kind.TOOL, "x", home_region="b")
-
-    def at(region: str, draining: bool = False) -> WorkerInfo:
-        return WorkerInfo(f"w-{region}", region, Kind.TOOL, ("tool.x",), slots=4, draining=draining)
-
-    def region_of(*workers: WorkerInfo) -> str | None:
-        found = endpoints(target, ["a", "b", "c"], workers, {"a": 0.0, "b": 0.08, "c": 0.02}.__getitem__)
-        policy = Named("nearest", Slot.ROUTING, NearestRegion(NearestRegionConfig()), OnError.ADMIT)
-        return choose([policy], found, FLOW, 0.0, Faults(lambda *_: None))
-
-    assert region_of(at("a"), at("b"), at("c")) == "b"
-    assert region_of(at("c"), at("a")) == "a"
-    assert region_of(at("b", draining=True), at("c")) == "c"
-    assert region_of() is None
-
-
-def test_without_routing_policies_the_home_region_wins() -> None:
-    candidates = [Endpoint("a", 1, 1, 0, 0.0, home=False), Endpoint("b", 1, 1, 0, 0.1, home=True)]
-    assert choose([], candidates, FLOW, 0.0, Faults(lambda *_: None)) == "b"

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from gateway import loader
 from gateway.config import parse
-from gateway.core.faults import Faults
-from gateway.policy import BatchView, Named, OnError, Slot
+from gateway.core.containment import Containment
+from gateway.policy import BatchView, ModelView, Named, OnError, Slot
 from gateway.testing import ManualClock
-from gateway.types import Kind, Target
+from gateway.types import BatchCost, Kind, Target
 from workers import serve
-from workers.batching import LEAST_WAIT_S, Batch, Batcher, Batching, log_once
+from workers.batch_queue import LEAST_WAIT_S
+from workers.batching import Batch, Batcher, Batching, log_once
 
 
 @dataclass
@@ -27,6 +28,13 @@ class FakePolicy:
     answer: Callable[[BatchView], float]
     views: list[BatchView] = field(default_factory=list)
     batches: list[tuple[int, float]] = field(default_factory=list)
+    only: str = ""  # the model that it serves; without one, all
+
+    def serves(self, model: ModelView) -> bool:
+        return self.only in ("", model.name)
+
+    def learnt(self) -> BatchCost | None:
+        return BatchCost(0.02, 0.001, len(self.batches)) if self.batches else None
 
     def wait_s(self, view: BatchView, now_s: float) -> float:
         self.views.append(view)
@@ -37,8 +45,8 @@ class FakePolicy:
 
 
 class Call:
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback: Callable[[], None] | None = callback
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self._callback: Callable[[], object] | None = callback
 
     def cancel(self) -> None:
         self._callback = None
@@ -60,14 +68,14 @@ class Rig:
     def __init__(self, answer: Callable[[BatchView], float], *, slots: int = 100, max_size: int = 8) -> None:
         self.clock = ManualClock()
         self.policy = FakePolicy(answer)
-        self.faults = Faults(lambda named, error: None)
+        self.contain = Containment(lambda named, what: None, self.clock.now_s)
         named = Named("hold", Slot.BATCHING, self.policy, OnError.ADMIT)
-        self.batcher = Batcher(named, self.faults, self.clock, slots, max_size, self._call_later)
+        self.batcher = Batcher(named, self.contain, self.clock, slots, max_size, self._call_later)
         self.timers = 0
         self.batches: dict[int, Batch] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
-    def _call_later(self, delay_s: float, callback: Callable[[], None]) -> Call:
+    def _call_later(self, delay_s: float, callback: Callable[[], object]) -> Call:
         self.timers += 1
         call = Call(callback)
         self.clock.call_at(self.clock.now_s() + delay_s, call.run)
@@ -176,29 +184,31 @@ def raises(view: BatchView) -> float:
     raise ZeroDivisionError("no rate yet")
 
 
-@pytest.mark.parametrize(("answer", "faults"), [(raises, 1), (lambda view: None, 1), (lambda view: math.nan, 0), (lambda view: -1.0, 0)])
+@pytest.mark.parametrize(("answer", "faults"), [(raises, 1), (lambda view: None, 1), (lambda view: math.nan, 1), (lambda view: -1.0, 1)])
 async def test_a_policy_that_fails_sends_at_once(answer: Callable[[BatchView], float], faults: int) -> None:
     rig = Rig(answer)
     await rig.arrivals(60.0)
     assert rig.batches[0].size == 1
-    assert rig.faults.counts["hold"] == faults
+    assert rig.contain.counts["hold", "faults"] == faults
 
 
 async def test_a_policy_that_fails_to_learn_is_contained() -> None:
     rig = Rig(lambda view: 0.0)
     rig.policy.on_batch = raises  # type: ignore[assignment]
     rig.batcher.leave(await rig.batcher.enter(1.0), answered=True)
-    assert rig.faults.counts["hold"] == 1
+    assert rig.contain.counts["hold", "faults"] == 1
 
 
 def test_faults_are_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    faults = Faults(log_once())
-    named = Named("hold", Slot.BATCHING, None, OnError.ADMIT)
+    contain = Containment(log_once(), ManualClock().now_s)
+    named = Named("hold", Slot.BATCHING, FakePolicy(raises), OnError.ADMIT)
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            faults.note(named, ValueError("no"))
-    assert faults.counts["hold"] == 3
-    assert [record.message for record in caplog.records] == ["policy hold (batching) raised ValueError: no; steps are sent at once"]
+            assert contain.call(named, "wait_s", None, 0.0, None, 0.0) == 0.0
+    assert contain.counts["hold", "faults"] == 3
+    (said,) = [record.message for record in caplog.records]
+    assert "policy hold (batching)" in said
+    assert "ZeroDivisionError: no rate yet" in said
 
 
 async def test_a_cancelled_step_leaves_the_batch() -> None:
@@ -262,25 +272,72 @@ async def test_a_batch_is_reported_once_with_its_last_answer() -> None:
     assert rig.policy.batches == [(3, 2.0)]
 
 
+def batching_of(*policies: FakePolicy) -> Batching:
+    named = [Named(f"hold-{number}", Slot.BATCHING, policy, OnError.ADMIT) for number, policy in enumerate(policies)]
+    return Batching(lambda: named, lambda target: 2 * target.slots, clock=ManualClock())
+
+
+def view(name: str, max_batch_size: int = 0) -> ModelView:
+    return ModelView(name, max_batch_size, server_batches=True, instances=1)
+
+
 async def test_each_model_has_a_batcher_that_follows_its_target() -> None:
-    policy = FakePolicy(lambda view: 0.0)
-    batching = Batching(Named("hold", Slot.BATCHING, policy, OnError.ADMIT), lambda target: 2 * target.slots, clock=ManualClock())
+    batching = batching_of(FakePolicy(lambda view: 0.0))
     plan = Target(Kind.INFER, "plan", slots=4, max_batch_size=0)
-    first = batching.of(plan)
+    first = batching.batcher(plan, view("plan"))
+    assert first is not None
     assert (first.slots, first.max_size) == (8, 1)
-    assert batching.of(plan) is first
-    assert batching.of(Target(Kind.INFER, "plan", slots=6, max_batch_size=32)) is first
+    assert batching.batcher(plan, view("plan")) is first
+    assert batching.batcher(Target(Kind.INFER, "plan", slots=6, max_batch_size=32), view("plan", 32)) is first
     assert (first.slots, first.max_size) == (12, 32)
-    assert batching.of(Target(Kind.INFER, "embed")) is not first
+    assert batching.batcher(Target(Kind.INFER, "embed"), view("embed")) is not first
 
 
-def test_a_worker_asks_the_policy_that_the_configuration_names() -> None:
+async def test_the_first_policy_that_serves_a_model_is_its_policy() -> None:
+    plans, others = FakePolicy(lambda view: 0.0, only="plan"), FakePolicy(lambda view: 0.0)
+    batching = batching_of(plans, others)
+    for name, policy in (("plan", plans), ("embed", others)):
+        batcher = batching.batcher(Target(Kind.INFER, name), view(name))
+        assert batcher is not None
+        batcher.leave(await batcher.enter(1.0), answered=True)
+        assert len(policy.batches) == 1
+    assert batching.learnt() == {"infer.plan": BatchCost(0.02, 0.001, 1), "infer.embed": BatchCost(0.02, 0.001, 1)}
+    assert batching_of(plans).batcher(Target(Kind.INFER, "embed"), view("embed")) is None
+
+
+async def test_a_model_that_changed_is_offered_to_the_policies_again() -> None:
+    class Small(FakePolicy):
+        def serves(self, model: ModelView) -> bool:
+            return model.max_batch_size < 4
+
+    small, others = Small(lambda view: 0.0), FakePolicy(lambda view: 0.0)
+    batching = batching_of(small, others)
+    for size, policy in ((2, small), (8, others), (9, others)):
+        batcher = batching.batcher(Target(Kind.INFER, "m", max_batch_size=size), view("m", size))
+        assert batcher is not None
+        assert batcher.named.policy is policy
+
+
+async def test_what_a_policy_that_fails_has_learnt_is_not_told() -> None:
+    policy = FakePolicy(lambda view: 0.0)
+    batching = batching_of(policy)
+    batching.batcher(Target(Kind.INFER, "m"), view("m"))
+    for nonsense in (lambda: 5, lambda: BatchCost(math.nan, 0.0, 1), lambda: 1 / 0):
+        policy.learnt = nonsense  # type: ignore[assignment, method-assign]
+        assert batching.learnt() == {}
+    assert batching.contain.counts["hold-0", "faults"] == 3
+
+
+def test_a_worker_asks_the_policies_that_the_configuration_names() -> None:
     sections = {"targets": [{"kind": "infer", "name": "plan", "slots": 7}]}
-    config = parse({"policies": [{"use": "passthrough"}]} | sections)
+    config = parse({"policies": [{"use": "passthrough"}, {"use": "marginal", "models": ["embed"]}]} | sections)
     batching = serve._build_batching(config, loader.find_plugins(config))
     assert batching is not None
-    assert batching.of(Target(Kind.INFER, "plan", slots=64)).slots == 7
-    assert batching.of(Target(Kind.INFER, "embed", slots=64)).slots == 64
+    found = {}
+    for name in ("plan", "embed", "else"):
+        batcher = batching.batcher(Target(Kind.INFER, name, slots=64), ModelView(name, 8, server_batches=name == "plan", instances=1))
+        found[name] = (batcher.named.name, batcher.slots) if batcher is not None else None
+    assert found == {"plan": ("passthrough", 7), "embed": ("marginal", 64), "else": None}
     config = parse({"policies": [{"use": "fixed_limit"}]} | sections)
     assert serve._build_batching(config, loader.find_plugins(config)) is None
 

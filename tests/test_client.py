@@ -211,7 +211,7 @@ async def test_only_what_is_safe_is_sent_again(error: NearloopError, key: str, s
 async def test_the_retry_budget_ends_retries() -> None:
     service = FakeService()
     service.on_execute = failing(*[Rejected("full")] * 1000)
-    async with connected(service) as client:
+    async with connected(service, throttle=None) as client:
         for _ in range(30):
             with pytest.raises(Rejected):
                 await client.execute("tool", "echo", {})

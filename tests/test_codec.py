@@ -50,6 +50,7 @@ results = st.builds(
     code=names,
     reason=texts,
     message=texts,
+    worker_wait_us=st.just(0) | counts,
 )
 events = st.builds(
     StepEvent,
@@ -92,6 +93,12 @@ def test_a_result_comes_back(result: StepResult) -> None:
     raw = codec.result_headers(result)
     for subject in (subjects.result(result.tenant, result.step_id), subjects.reply("g1", result.step_id)):
         assert codec.read_result(subject, raw, result.output.data) == result
+
+
+def test_a_wait_of_nothing_costs_no_header() -> None:
+    result = StepResult("s", "t", Status.DONE)
+    assert b"Wait" not in codec.result_headers(result)
+    assert b"Nl-Worker-Wait-Us: 7" in codec.result_headers(replace(result, worker_wait_us=7))
 
 
 @given(events)

@@ -91,15 +91,13 @@ def test_round_trips_count_both_ways() -> None:
 
 def test_default_policies_are_built_in_order() -> None:
     parsed = config.parse({})
-    policies = loader.build_policies(parsed, loader.find_plugins(parsed))
-    assert {slot: [named.name for named in policies.all(slot)] for slot in policies.by_slot} == {
-        Slot.ADMISSION: ["token_bucket"],
-        Slot.LIMIT: ["fixed_limit"],
-        Slot.BACKPRESSURE: ["bounded_wait"],
-        Slot.ROUTING: ["nearest_region"],
-        Slot.BATCHING: ["passthrough"],
-        Slot.HEAD_SAMPLING: ["parent_ratio"],
-    }
+    manager = loader.find_plugins(parsed)
+    policies, types = loader.build_policies(parsed, manager), loader.policy_types(manager)
+    wanted: dict[Slot, list[str]] = {}
+    for section in config.DEFAULT_POLICIES:
+        wanted.setdefault(types[section.use].slot, []).append(section.name or section.use)
+    assert {slot: [named.name for named in policies.all(slot)] for slot in policies.entries} == wanted
+    assert {Slot.LIMIT, Slot.BACKPRESSURE, Slot.ROUTING, Slot.BATCHING} <= set(wanted)
 
 
 def test_two_instances_of_a_type_with_names() -> None:

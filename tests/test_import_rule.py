@@ -57,6 +57,12 @@ def test_a_plugin_imports_public_names_and_core_only(path: Path) -> None:
     assert {m for m in ours(imports(path)) if not m.startswith("gateway.core")} <= {"gateway"}
 
 
+@pytest.mark.parametrize("path", files("gateway/scaffold/*.py.txt"), ids=lambda path: path.name)
+def test_what_a_new_plugin_starts_from_imports_public_names_only(path: Path) -> None:
+    is_test = path.name.removesuffix(".py.txt").endswith("test")
+    assert ours(imports(path)) <= ({"gateway", "gateway.conformance"} if is_test else {"gateway"})
+
+
 @pytest.mark.parametrize("path", files("gateway/edge/*.py"), ids=lambda path: path.stem)
 def test_an_edge_never_imports_the_kernel(path: Path) -> None:
     forbidden = {"gateway.kernel", "gateway.permits", "gateway.jobs", "gateway.feed", "gateway.serve", "gateway.cli", "gateway.up"}

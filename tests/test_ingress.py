@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gateway import tensors
 from gateway.clock import SystemClock
-from gateway.edge import servicer, status
+from gateway.edge import refusals, servicer, status
 from gateway.edge.ingress import Ingress, is_loopback
 from gateway.edge.intake import Intake, random_id, trace_context
 from gateway.errors import ConfigError, Expired, InvalidStep, NearloopError, Rejected
@@ -383,7 +383,7 @@ async def test_calls_beyond_the_limit_are_refused_and_health_still_answers() -> 
         first = stub.Execute(pb.ExecuteRequest(step=json_step()), metadata=AS_ALICE)
         await service.started.wait()
         error = await refused(stub.Execute(pb.ExecuteRequest(step=json_step()), metadata=AS_ALICE))
-        assert (error.code, error.reason, error.retry_after_s) == ("RESOURCE_EXHAUSTED", "TOO_MANY_IN_FLIGHT", servicer.OVERLOADED_RETRY_S)
+        assert (error.code, error.reason, error.retry_after_s) == ("RESOURCE_EXHAUSTED", "TOO_MANY_IN_FLIGHT", refusals.OVERLOADED_RETRY_S)
         health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         release.set()

@@ -152,7 +152,7 @@ async def test_the_limit_queues_then_refuses_and_lets_the_next_one_in() -> None:
         first = asyncio.create_task(w.kernel.execute(w.step(id="s1")))
         delivery = await w.worker.deliveries.get()
         second = asyncio.create_task(w.kernel.execute(w.step(id="s2")))
-        await until(lambda: w.kernel._permits.gate("tool.echo").waiting == 1)
+        await until(lambda: w.kernel.permits.gate("tool.echo").waiting == 1)
         with pytest.raises(Rejected) as caught:
             await w.kernel.execute(w.step(id="s3"))
         assert (caught.value.reason, caught.value.scope) == ("QUEUE_FULL", "tool.echo")
@@ -160,7 +160,7 @@ async def test_the_limit_queues_then_refuses_and_lets_the_next_one_in() -> None:
         await first
         await w.serve()
         assert (await second).result.step_id == "s2"
-        assert w.kernel._permits.gate("tool.echo").inflight == 0
+        assert w.kernel.permits.gate("tool.echo").inflight == 0
 
 
 async def test_who_is_cancelled_while_waiting_leaves_no_trace() -> None:
@@ -168,7 +168,7 @@ async def test_who_is_cancelled_while_waiting_leaves_no_trace() -> None:
         first = asyncio.create_task(w.kernel.execute(w.step(id="s1")))
         delivery = await w.worker.deliveries.get()
         second = asyncio.create_task(w.kernel.execute(w.step(id="s2")))
-        gate = w.kernel._permits.gate("tool.echo")
+        gate = w.kernel.permits.gate("tool.echo")
         await until(lambda: gate.waiting == 1)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -231,7 +231,7 @@ async def test_a_step_that_nobody_ends_expires() -> None:
         with pytest.raises(Expired):
             await running
         assert w.kernel.counts == {"expired": 1}
-        assert w.kernel._permits.gate("tool.echo").inflight == 0
+        assert w.kernel.permits.gate("tool.echo").inflight == 0
 
 
 async def test_a_call_that_is_cancelled_at_its_deadline_counts_as_expired_and_withdraws_nothing() -> None:
@@ -278,7 +278,7 @@ async def test_a_broken_policy_is_contained_and_counted(tmp_path: Any, monkeypat
             else:
                 with pytest.raises(Rejected, match="policy broken failed"):
                     await running
-            assert w.kernel.faults.counts["broken"] >= 1
+            assert w.kernel.contain.counts["broken", "faults"] >= 1
 
 
 async def test_stream_yields_events_in_order_then_the_result() -> None:

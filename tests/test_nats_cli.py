@@ -132,9 +132,16 @@ async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
 
     (worker,) = await eventually(workers, lambda found: len(found) == 1, 30, "the dead workers are forgotten")
     deadline_ms = str(round((time.time() + 600) * 1000))
+
+    async def statuses() -> list[str]:
+        return [key for key in (await desk.nats("kv", "ls", "nl-policy")).split() if key.startswith("status.gateway")]
+
     async with shop(desk.shop_port):
         for command in commands:
             filled = command.replace("JOB_ID", job.id).replace("DEADLINE_MS", deadline_ms).replace("REGION.WORKER", worker)
+            if "GATEWAY" in filled:
+                (gateway,) = await eventually(statuses, bool, 10, "a status of the changed policy")
+                filled = filled.replace("GATEWAY", gateway.split(".")[1])
             arguments = shlex.split(filled)[1:]
             await (desk.watched if "--count" in arguments else desk.nats)(*arguments)
         # Among them were those that replay a dead letter.
@@ -196,7 +203,14 @@ async def test_the_settings_of_the_guide_are_valid() -> None:
 
 async def test_the_guide_names_every_subject_stream_bucket_and_header() -> None:
     words = {value for name, value in vars(subjects).items() if name.startswith("H_")}
-    words |= {subjects.RESULTS_STREAM, subjects.DEAD_STREAM, subjects.TARGETS_BUCKET, subjects.WORKERS_BUCKET, subjects.HANDBACKS_BUCKET}
+    words |= {
+        subjects.RESULTS_STREAM,
+        subjects.DEAD_STREAM,
+        subjects.TARGETS_BUCKET,
+        subjects.WORKERS_BUCKET,
+        subjects.HANDBACKS_BUCKET,
+        subjects.POLICY_BUCKET,
+    }
     words |= set(re.findall(r"^ {4}(nl\.[a-z]+\.)", subjects.__doc__ or "", re.M))
     assert len(words) > 30
     assert not {word for word in words if f"`{word}" not in GUIDE}

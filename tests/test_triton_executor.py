@@ -24,7 +24,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from gateway import tensors
 from gateway.config import Config, TritonSection
 from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unavailable
-from gateway.policy import BatchView, Named, OnError, Slot
+from gateway.policy import BatchView, ModelView, Named, OnError, Slot
 from gateway.testing import ManualClock
 from gateway.types import JSON, TENSORS, Kind, Payload, Step, TensorSpec
 from workers import triton_aftermath, triton_server
@@ -385,6 +385,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.hold: asyncio.Event | None = None
         self.holding = asyncio.Event()
         self.max_batch_size = 0
+        self.has_batcher = True
 
     async def ServerReady(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerReadyResponse(ready=self.up)
@@ -403,6 +404,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def ModelConfig(self, request: Any, context: Any) -> Any:
         answer = service_pb2.ModelConfigResponse()
         answer.config.max_batch_size = self.max_batch_size
+        if self.has_batcher:
+            answer.config.dynamic_batching.SetInParent()
         return answer
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
@@ -532,6 +535,12 @@ class Pairs:
         self.views: list[BatchView] = []
         self.sizes: list[int] = []
 
+    def serves(self, model: ModelView) -> bool:
+        return True
+
+    def learnt(self) -> None:
+        return None
+
     def wait_s(self, view: BatchView, now_s: float) -> float:
         self.views.append(view)
         return 0.0 if view.size == 2 else 60.0
@@ -543,7 +552,7 @@ class Pairs:
 async def test_the_batching_policy_decides_when_steps_go(fake: tuple[FakeTriton, TritonExecutor]) -> None:
     triton, executor = fake
     policy = Pairs()
-    executor._batching = Batching(Named("pairs", Slot.BATCHING, policy, OnError.ADMIT), lambda target: 5)
+    executor._batching = Batching(lambda: [Named("pairs", Slot.BATCHING, policy, OnError.ADMIT)], lambda target: 5)
     triton.max_batch_size = 4
     executor._served = {}
     await executor._refresh()
@@ -562,7 +571,7 @@ async def test_the_batching_policy_decides_when_steps_go(fake: tuple[FakeTriton,
 async def test_a_step_that_cannot_be_encoded_enters_no_batch(fake: tuple[FakeTriton, TritonExecutor]) -> None:
     _, executor = fake
     policy = Pairs()
-    executor._batching = Batching(Named("pairs", Slot.BATCHING, policy, OnError.ADMIT), lambda target: 5)
+    executor._batching = Batching(lambda: [Named("pairs", Slot.BATCHING, policy, OnError.ADMIT)], lambda target: 5)
     with pytest.raises(InvalidStep):
         await executor.execute(work("m", b"{}", content_type="text/plain"))
     assert policy.views == []

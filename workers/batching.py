@@ -1,30 +1,25 @@
-"""Steps for one model, sent one by one or held back until the batching policy lets them go together.
+"""When the steps for a model are executed, as its batching policy says.
 
-A batch is not one request: its steps go to the model server as separate requests at the same moment, and the server's own batcher puts
-them into one execution. The seam costs a step microseconds and no turn of the event loop as long as the policy answers 0.
+For a model whose server has a batcher of its own, a batch is not one request: its steps are sent one by one, or held back until the policy
+lets them go, as separate requests at the same moment. The seam costs a step microseconds and no turn of the event loop as long as the
+policy answers 0. For a model without one a batch is one request: see `gathering` and `batch_queue`.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from gateway.clock import Clock, SystemClock
+from gateway.core.containment import Containment, Report, a_time, a_truth
 from gateway.core.estimators import Rate
-from gateway.core.faults import FaultReport, Faults
-from gateway.policy import BatchView, Named
-from gateway.types import Target
+from gateway.policy import BatchView, ModelView, Named
+from gateway.types import BatchCost, Target
+from workers.batch_queue import LEAST_WAIT_S, BatchQueue
+from workers.gathering import CallLater, Gatherer, Run, Timer
 
 log = logging.getLogger("nearloop.worker")
-
-LEAST_WAIT_S = 0.001  # an event loop's timers are no finer, and a policy that asks for less would keep it busy
-
-
-class Timer(Protocol):
-    def cancel(self) -> None: ...
-
-
-CallLater = Callable[[float, Callable[[], None]], Timer]
 
 
 class Batch:
@@ -54,11 +49,13 @@ class Batcher:
     answered for: send now.
     """
 
-    def __init__(self, named: Named, faults: Faults, clock: Clock, slots: int, max_size: int, call_later: CallLater | None = None) -> None:
+    def __init__(
+        self, named: Named, contain: Containment, clock: Clock, slots: int, max_size: int, call_later: CallLater | None = None
+    ) -> None:
         self.slots = slots
         self.max_size = max_size
-        self._named = named
-        self._faults = faults
+        self.named = named
+        self._contain = contain
         self._clock = clock
         self._call_later = call_later
         self._rate = Rate()
@@ -107,10 +104,7 @@ class Batcher:
             batch.answered_s = self._clock.now_s()
         if batch.left or not batch.answered_s:
             return
-        try:
-            self._named.policy.on_batch(batch.size, batch.answered_s - batch.sent_s, batch.answered_s)
-        except Exception as error:
-            self._faults.note(self._named, error)
+        self._contain.call(self.named, "on_batch", None, None, batch.size, batch.answered_s - batch.sent_s, batch.answered_s)
 
     def _look(self) -> None:
         """Sends what waits, or looks again later."""
@@ -136,12 +130,8 @@ class Batcher:
             return 0.0
         idle = max(0, self.slots - self._running - size)
         view = BatchView(size, self.max_size, oldest_wait_s, slack_s, idle, self._rate.per_s(now_s))
-        try:
-            wait_s: float = self._named.policy.wait_s(view, now_s)
-            return min(max(wait_s, LEAST_WAIT_S), slack_s) if wait_s > 0.0 else 0.0
-        except Exception as error:
-            self._faults.note(self._named, error)
-            return 0.0
+        wait_s: float = self._contain.call(self.named, "wait_s", a_time, 0.0, view, now_s)
+        return min(max(wait_s, LEAST_WAIT_S), slack_s) if wait_s > 0.0 else 0.0
 
     def _sent(self, size: int, now_s: float) -> Batch:
         self._running += size
@@ -158,43 +148,121 @@ class Batcher:
 
 
 class Batching:
-    """The batchers of a worker, by model. `slots(target)` is how many of a target's steps the worker takes at once."""
+    """The batching of a worker: for each model the policy object that serves it, and what waits for it.
+
+    policies() makes new objects of all batching policies, in their order. `slots(target)` is how many of a target's steps the worker takes
+    at once.
+    """
 
     def __init__(
         self,
-        named: Named,
+        policies: Callable[[], Sequence[Named]],
         slots: Callable[[Target], int],
         *,
-        faults: Faults | None = None,
+        contain: Containment | None = None,
         clock: Clock | None = None,
         call_later: CallLater | None = None,
     ) -> None:
-        self._named = named
+        self._policies = policies
         self._slots = slots
-        self.faults = faults or Faults(log_once())
-        self._clock = clock or SystemClock()
+        self.clock = clock or SystemClock()
+        self.contain = contain or Containment(log_once(), self.clock.now_s)
         self._call_later = call_later
-        self._batchers: dict[str, tuple[Target, Batcher]] = {}
+        self._models: dict[str, _Batched] = {}
 
-    def of(self, target: Target) -> Batcher:
-        """The same one for a model as long as the worker lives; a model that was loaded again may bring other sizes."""
-        known, batcher = self._batchers.get(target.name, (None, None))
-        if batcher is None:
-            batcher = Batcher(self._named, self.faults, self._clock, 0, 0, self._call_later)
-        if known is not target:
-            batcher.slots = self._slots(target)
-            batcher.max_size = max(1, target.max_batch_size)
-            self._batchers[target.name] = (target, batcher)
-        return batcher
+    def batcher(self, target: Target, model: ModelView) -> Batcher | None:
+        """Of a model that gets its steps as separate requests; None when no policy serves it, so that they are sent at once.
+
+        The same one as long as the worker lives; a model that was loaded again may bring other sizes.
+        """
+        batched = self._of(target, model)
+        if batched.named is None:
+            return None
+        if batched.batcher is None:
+            batched.batcher = Batcher(batched.named, self.contain, self.clock, 0, 0, self._call_later)
+        if batched.batcher_for is not target:
+            batched.batcher_for = target
+            batched.batcher.named = batched.named
+            batched.batcher.slots = self._slots(target)
+            batched.batcher.max_size = max(1, target.max_batch_size)
+        return batched.batcher
+
+    def gatherer(self, target: Target, model: ModelView, run: Run[Any, Any]) -> Gatherer[Any, Any] | None:
+        """Of a model whose steps are executed together by `run`, likewise."""
+        batched = self._of(target, model)
+        if batched.named is None:
+            return None
+        if batched.gatherer is None:
+            queue = BatchQueue[Any](batched.named, self.contain, instances=1, max_size=1, slots=1)
+            batched.gatherer = Gatherer(queue, run, self.clock, self._call_later)
+        if batched.gatherer_for is not target:
+            batched.gatherer_for = target
+            batched.gatherer.queue.configure(
+                batched.named, instances=max(1, model.instances), max_size=model.max_batch_size, slots=self._slots(target)
+            )
+        return batched.gatherer
+
+    def learnt(self) -> dict[str, BatchCost]:
+        """What the policies know of the costs of models, by scope."""
+        costs: dict[str, BatchCost] = {}
+        for batched in self._models.values():
+            if batched.named is not None:
+                cost = self.contain.call(batched.named, "learnt", _a_cost_or_none, None)
+                if cost is not None:
+                    costs[batched.target.scope] = cost
+        return costs
+
+    async def close(self) -> None:
+        for batched in self._models.values():
+            if batched.gatherer is not None:
+                await batched.gatherer.close()
+
+    def _of(self, target: Target, model: ModelView) -> "_Batched":
+        batched = self._models.get(target.name)
+        if batched is None:
+            batched = self._models[target.name] = _Batched(target, model, self._choose(model))
+        elif batched.target is not target:
+            batched.target = target
+            if batched.model != model:
+                batched.model = model
+                if batched.named is None or not self._serves(batched.named, model):
+                    batched.named = self._choose(model)
+        return batched
+
+    def _choose(self, model: ModelView) -> Named | None:
+        return next((named for named in self._policies() if self._serves(named, model)), None)
+
+    def _serves(self, named: Named, model: ModelView) -> bool:
+        serves: bool = self.contain.call(named, "serves", a_truth, False, model)
+        return serves
 
 
-def log_once() -> FaultReport:
+@dataclass(slots=True)
+class _Batched:
+    target: Target
+    model: ModelView
+    named: Named | None
+    batcher: Batcher | None = None
+    batcher_for: Target | None = None
+    gatherer: Gatherer[Any, Any] | None = None
+    gatherer_for: Target | None = None
+
+
+def _a_cost_or_none(answer: Any) -> BatchCost | None:
+    if answer is None:
+        return None
+    if not isinstance(answer, BatchCost) or not (0 <= answer.fixed_s < float("inf") and 0 <= answer.each_s < float("inf")):
+        raise TypeError(f"it returned {answer!r}, not a BatchCost of at least 0 seconds")
+    return answer
+
+
+def log_once() -> Report:
     """Logs the first fault of each policy; a policy that fails with every step must not fill the log."""
     said: set[str] = set()
 
-    def report(named: Named, error: Exception) -> None:
+    def report(named: Named, what: str) -> None:
         if named.name not in said:
             said.add(named.name)
-            log.error("policy %s (%s) raised %s: %s; steps are sent at once", named.name, named.slot, type(error).__name__, error)
+            log.error("policy %s (%s): %s; steps are sent at once", named.name, named.slot, what)
 
     return report

@@ -141,6 +141,8 @@ class StepLife:
             timer = self._loop.call_later(target.timeout_s, held.stop, Stop.TIMEOUT)
         started_s = self._clock.now_s()
         held.queue_us += int((started_s - held.arrived_s) * 1e6)
+        if held.attempt == 1 and not held.is_job:  # a job may wait for hours, and an earlier attempt is no wait
+            self._outcomes.waits.add(step.target, held.queue_us, started_s)
         held.phase = Phase.EXECUTING
         output: Payload | None = None
         failure: Exception | None = None

@@ -3,6 +3,7 @@
 from gateway.errors import Expired, NearloopError
 from gateway.types import Payload, Status, StepResult
 from workers.held import Held, Stop
+from workers.wait_window import WaitWindows
 
 _STOPPED = {
     Stop.CANCELLED: (Status.CANCELLED, "CANCELLED", "CANCELLED", "the step was cancelled"),
@@ -13,11 +14,12 @@ DEAD_REASON = "MAX_DELIVER"
 
 
 class Outcomes:
-    """Makes the results of one worker."""
+    """Makes the results of one worker; each carries what the worker saw its target's steps wait lately."""
 
     def __init__(self, region: str, worker: str) -> None:
         self.region = region
         self.worker = worker
+        self.waits = WaitWindows()
 
     def _result(self, held: Held, status: Status, code: str, reason: str, message: str) -> StepResult:
         return self._make(held, status, Payload(b""), code, reason, message)
@@ -37,6 +39,7 @@ class Outcomes:
             code,
             reason,
             message,
+            self.waits.average_us(step.target),
         )
 
     def done(self, held: Held, output: Payload) -> StepResult:

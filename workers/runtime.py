@@ -6,13 +6,13 @@ One task for each step in work; beside them three for the whole worker: readines
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from gateway.clock import Clock, SystemClock
 from gateway.config import Config
 from gateway.errors import NearloopError, Unavailable
 from gateway.ports import Delivery, Executor, Subscription, WorkerBus
-from gateway.types import Kind, StepResult, Target, WorkerInfo
+from gateway.types import BatchCost, Kind, StepResult, Target, WorkerInfo
 from workers.held import Held, Phase, Stop
 from workers.lanes import Lane, TargetLanes
 from workers.life import StepLife, backoff_s
@@ -25,7 +25,10 @@ LOOK_S = 0.25  # how often readiness and the executor's targets are looked at
 
 
 class WorkerRuntime:
-    """`start`, then `drain` and `close`. `observe(held, result)` hears how each step ended here, None when it went back."""
+    """`start`, then `drain` and `close`. `observe(held, result)` hears how each step ended here, None when it went back.
+
+    `batch_costs()` is what was learnt about the batches of targets, by scope, for the heartbeat.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class WorkerRuntime:
         clock: Clock | None = None,
         random_source: Callable[[], float] = random.random,
         observe: Callable[[Held, StepResult | None], None] | None = None,
+        batch_costs: Callable[[], Mapping[str, BatchCost]] = dict,
     ) -> None:
         self.kind = kind
         self.region = region
@@ -49,6 +53,7 @@ class WorkerRuntime:
         self._clock = clock or SystemClock()
         self._random = random_source
         self._observe = observe
+        self._batch_costs = batch_costs
         self._life = StepLife(
             config,
             bus,
@@ -121,6 +126,7 @@ class WorkerRuntime:
             sum(target.slots for target in ready),
             sum(lanes.running for lanes in self._served.lanes.values()),
             self._draining,
+            self._batch_costs(),
         )
 
     # ---- steps ---------------------------------------------------------------------------------------------------------------

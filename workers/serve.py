@@ -18,13 +18,16 @@ import uvloop
 from gateway import __version__, loader
 from gateway.clock import Clock, SystemClock
 from gateway.config import Config, load
-from gateway.core.faults import Faults
+from gateway.core.containment import Containment
+from gateway.core.policies import PolicySet
 from gateway.edge.bus import NatsGatewayBus
+from gateway.edge.policy_bucket import PolicyBucket
 from gateway.edge.service import ServiceResponder
 from gateway.edge.telemetry import StepTracer, build_provider, shut_down
 from gateway.edge.worker_bus import NatsWorkerBus
 from gateway.errors import ConfigError, NearloopError
 from gateway.kernel import Kernel
+from gateway.live_policies import LivePolicies
 from gateway.policy import Slot
 from gateway.ports import Executor
 from gateway.serve import default_name, log_fault, tune_collector
@@ -41,14 +44,18 @@ log = logging.getLogger("nearloop.worker")
 class _Inner:
     """A kernel of this process's own, for the steps that its executor needs."""
 
-    def __init__(self, config: Config, name: str, region: str, clock: Clock, manager: pluggy.PluginManager) -> None:
-        policies, faults = loader.build_policies(config, manager), Faults(log_fault)
-        tracer = StepTracer(None, policies.all(Slot.HEAD_SAMPLING), faults, clock, random.random)
+    def __init__(self, config: Config, name: str, region: str, clock: Clock, manager: pluggy.PluginManager, policies: PolicySet) -> None:
+        contain = Containment(log_fault(clock), clock.now_s)
+        tracer = StepTracer(None, policies.all(Slot.HEAD_SAMPLING), contain, clock, random.random)
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"region": region})})
         self._bus = NatsGatewayBus(config, f"{name}-inner", clock)
         targets = loader.plugin_targets(config, manager)
-        self._kernel = Kernel(config, policies, self._bus, clock, random.random, tracer, faults, targets)
+        self._kernel = Kernel(config, policies, self._bus, clock, random.random, tracer, contain, targets)
+        self._clock = clock
         self.calls = InnerCalls(self._kernel, region, self._bus.new_id)
+
+    def fill(self) -> None:
+        self._kernel.permits.fill(self._clock.now_s())
 
     async def start(self) -> None:
         await self._bus.start()
@@ -58,7 +65,9 @@ class _Inner:
         await self._bus.close()
 
 
-def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.PluginManager, inner: Callable[[], _Inner]) -> Executor:
+def _build_executor(
+    config: Config, kind: Kind, region: str, manager: pluggy.PluginManager, inner: Callable[[], _Inner], batching: Batching | None
+) -> Executor:
     """A plugin's, else the built-in one. Raises ConfigError for a kind that nothing executes.
 
     Imports only what the kind needs: a tool worker has no use for a vector store's half second.
@@ -69,7 +78,7 @@ def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.Plu
     if kind is Kind.INFER:
         from workers.triton import TritonExecutor
 
-        return TritonExecutor(config, region, batching=_build_batching(config, manager))
+        return TritonExecutor(config, region, batching=batching)
     if kind is Kind.TOOL:
         from workers.tools import ToolsExecutor
 
@@ -84,12 +93,13 @@ def _build_executor(config: Config, kind: Kind, region: str, manager: pluggy.Plu
     raise ConfigError("worker", [f"nothing here executes steps of kind {kind.value}: a plugin must bring nearloop_executor"])
 
 
-def _build_batching(config: Config, manager: pluggy.PluginManager) -> Batching | None:
-    """None without a policy for it: each step is sent at once. Raises ConfigError."""
-    named = loader.build_policies(config, manager).one(Slot.BATCHING)
-    if named is None:
+def _build_batching(config: Config, policies: PolicySet) -> Batching | None:
+    """None without a policy for it: each step is sent at once."""
+    if not policies.entries.get(Slot.BATCHING):
         return None
-    return Batching(named, lambda target: merge_target(config.target_section(target.kind, target.name), target).slots)
+    return Batching(
+        lambda: policies.all(Slot.BATCHING), lambda target: merge_target(config.target_section(target.kind, target.name), target).slots
+    )
 
 
 async def run_worker(
@@ -104,13 +114,15 @@ async def run_worker(
     name = name or default_name(kind.value)
     stopping = stop or asyncio.Event()
     clock, manager = SystemClock(), loader.find_plugins(config)
+    policies = loader.build_policies(config, manager)
     inner: list[_Inner] = []
 
     def make_inner() -> _Inner:
-        inner.append(_Inner(config, name, region, clock, manager))
+        inner.append(_Inner(config, name, region, clock, manager, policies))
         return inner[0]
 
-    executor = _build_executor(config, kind, region, manager, make_inner)
+    batching = _build_batching(config, policies) if kind is Kind.INFER else None
+    executor = _build_executor(config, kind, region, manager, make_inner, batching)
     provider = build_provider(config.telemetry, "worker", name)
     if provider is not None:
         from workers.tracing import TracedExecutor
@@ -118,12 +130,21 @@ async def run_worker(
         executor = TracedExecutor(executor, provider, region, name)
     stats = WorkerStats(kind, region)
     bus = NatsWorkerBus(config, name, region, clock)
-    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=stats.observe)
+
+    def look_again() -> None:
+        for one in inner:
+            one.fill()
+
+    live = LivePolicies(policies, look_again)
+    bucket = PolicyBucket(bus.js, name, live.change)
+    learnt = batching.learnt if batching is not None else dict
+    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=stats.observe, batch_costs=learnt)
     if stop is None:
         _drain_on_signals(stopping, runtime)
     try:
         if not await _started(runtime, inner, stopping):
             return
+        await bucket.start()
         responder = ServiceResponder(
             bus.control,
             name=f"nearloop-{kind.value}",
@@ -145,6 +166,7 @@ async def run_worker(
         await runtime.drain()
         await responder.stop()
     finally:
+        await bucket.close()
         await runtime.close()
         for one in inner:
             await one.close()

@@ -1,13 +1,14 @@
 """The executor for models in Triton Inference Server.
 
-One channel. Steps are separate requests, of which Triton's own batcher makes executions; the batching policy, when there is one, may hold
-steps back so that they arrive there together. The slots of a target bound how many are there.
+One channel. For a model with a batcher of Triton's own, steps are separate requests; the batching policy may hold them back so that they
+arrive there together, and the slots of the target bound how many are there. For one that takes batches and has none, the worker is the
+batcher: steps that can be are merged into one request, and no more executions are in Triton than the model has instances.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -20,33 +21,17 @@ from gateway.errors import Expired, InvalidStep, NearloopError, StepFailed, Unav
 from gateway.ports import Work
 from gateway.types import Payload, Target
 from workers.batching import Batching
+from workers.gathering import Gatherer
 from workers.triton_aftermath import LostProcess
+from workers.triton_calls import BUSY_OR_GONE, InferCall, channel_options, infer, infer_together, lost_process, stream, text
 from workers.triton_catalogue import CALL_TIMEOUT_S, Served, TritonCatalogue
 from workers.triton_codec import Form, decode, encode, join
+from workers.triton_merge import rows_of
 
 log = logging.getLogger("nearloop.worker.triton")
 
 REFRESH_S = 1.0
 LOOK_WITHIN_S = 0.2  # at most so long after a step that failed; all that fail meanwhile cause one look
-MOST_MESSAGE = 256  # characters of Triton's own text in an error
-# With it Triton ends a failed stream with a gRPC status instead of a bare text.
-_STREAM_STATUS = ("triton_grpc_error", "true")
-
-_BUSY_OR_GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED})
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """The client's own defaults are no message cap, no keepalive and minutes between attempts to connect again."""
-    return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.max_pings_without_data", 2),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 500),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-    ]
 
 
 class TritonExecutor:
@@ -98,6 +83,8 @@ class TritonExecutor:
             await asyncio.gather(self._refresher, return_exceptions=True)
             self._refresher = None
         self._up = False
+        if self._batching is not None:
+            await self._batching.close()
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -131,7 +118,13 @@ class TritonExecutor:
                 return await self._try_again(work, served, request, form, metadata)
         if self._batching is None:
             return await self._send(work, served, request, form, metadata)
-        batcher = self._batching.of(served.target)
+        if served.merges:
+            gatherer = self._batching.gatherer(served.target, served.view, self._infer_together)
+            if gatherer is not None:
+                return await self._gather(work, gatherer, request, form, metadata)
+        batcher = self._batching.batcher(served.target, served.view)
+        if batcher is None:
+            return await self._send(work, served, request, form, metadata)
         batch, answered = await batcher.enter(work.remaining_s()), False
         try:
             output = await self._send(work, served, request, form, metadata)
@@ -155,9 +148,9 @@ class TritonExecutor:
         timeout_s = min(work.remaining_s(), 3600.0)
         try:
             if not served.model.decoupled:
-                return decode(await self._infer(request, metadata, timeout_s), form)
+                return decode(await infer(self._stub, request, metadata, timeout_s), form)
             tokens: list[Payload] = []
-            async with aclosing(self._stream(request, [*metadata, _STREAM_STATUS], timeout_s)) as responses:
+            async with aclosing(stream(self._stub, request, metadata, timeout_s)) as responses:
                 async for response in responses:
                     token = decode(response, form)
                     tokens.append(token)
@@ -166,44 +159,34 @@ class TritonExecutor:
         except grpc.aio.AioRpcError as error:
             raise self._translate(error, work.step.target) from None
 
-    async def _infer(self, request: Any, metadata: list[tuple[str, str]], timeout_s: float) -> Any:
-        call = self._stub.ModelInfer(request, metadata=metadata, timeout=timeout_s)
+    async def _gather(self, work: Work, gatherer: Gatherer[Any, Any], request: Any, form: Form, metadata: list[tuple[str, str]]) -> Payload:
+        key, rows = rows_of(request)
+        left_s = work.remaining_s()
         try:
-            return await call
-        finally:
-            if not call.done():
-                call.cancel()  # the step was cancelled: so is the inference
+            async with asyncio.timeout(left_s):  # the merged request has the time of the one that has the most
+                return decode(await gatherer.call((request, metadata, rows), key, rows, left_s), form)
+        except TimeoutError:
+            raise Expired(f"model {work.step.target} did not answer before the deadline") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error, work.step.target) from None
 
-    async def _stream(self, request: Any, metadata: list[tuple[str, str]], timeout_s: float) -> AsyncGenerator[Any, None]:
-        """One stream for each step: on a shared one an error does not say whose it is."""
-        call = self._stub.ModelStreamInfer(metadata=metadata, timeout=timeout_s)
-        try:
-            await call.write(request)
-            await call.done_writing()
-            async for response in call:
-                if response.error_message:
-                    raise StepFailed(_text(request.model_name, response.error_message), reason="MODEL_FAILED")
-                if response.infer_response.outputs:  # the last response of a stream may be empty
-                    yield response.infer_response
-        except asyncio.InvalidStateError:
-            raise await _status(call) from None  # the call ended while the request was being written
-        finally:
-            if not call.done():
-                call.cancel()
+    async def _infer_together(self, calls: Sequence[InferCall]) -> tuple[list[Any], bool]:
+        assert self._batching is not None
+        return await infer_together(self._stub, calls, self._batching.clock)
 
     def _translate(self, error: grpc.aio.AioRpcError, model: str) -> NearloopError:
         code, details = error.code(), error.details() or ""
-        if code in _BUSY_OR_GONE:
+        if code in BUSY_OR_GONE:
             self._look.set()  # is it the server, the model, or only its queue?
             return Unavailable(f"Triton at {self._address} cannot take work for model {model} now ({code.name})")
-        if code is grpc.StatusCode.INTERNAL and "Stub process" in details:  # the Python backend's process died
+        if lost_process(error):
             self._lose(model)
             return self._no_process(model)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Expired(f"model {model} did not answer before the deadline")
         if code is grpc.StatusCode.INVALID_ARGUMENT:
-            return StepFailed(_text(model, details), code=code.name, reason="MODEL_REFUSED_INPUT")
-        return StepFailed(_text(model, details), code=code.name, reason="MODEL_FAILED")
+            return StepFailed(text(model, details), code=code.name, reason="MODEL_REFUSED_INPUT")
+        return StepFailed(text(model, details), code=code.name, reason="MODEL_FAILED")
 
     # ---- models without a process ----------------------------------------------------------------------------------------------
 
@@ -262,13 +245,3 @@ class TritonExecutor:
                 if not was_up:
                     log.info("Triton at %s is back", self._address)
                 was_up = True
-
-
-def _text(model: str, details: str) -> str:
-    return f"model {model}: {details[:MOST_MESSAGE]}"
-
-
-async def _status(call: Any) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
-    )

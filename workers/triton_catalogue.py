@@ -8,6 +8,7 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 
 from gateway import subjects
+from gateway.policy import ModelView
 from gateway.types import Kind, Target, TensorSpec
 from workers.triton_codec import Model
 
@@ -20,11 +21,17 @@ MOST_SLOTS = 256
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A ready model: what the codec knows of it, and the target that is announced."""
+    """A ready model: what the codec knows of it, the target that is announced, and what a batching policy sees of it."""
 
     version: str
     model: Model
     target: Target
+    view: ModelView
+
+    @property
+    def merges(self) -> bool:
+        """It takes batches, and nobody but the worker makes them."""
+        return self.view.max_batch_size > 1 and not self.view.server_batches
 
 
 class TritonCatalogue:
@@ -68,7 +75,7 @@ class TritonCatalogue:
             tensor_outputs=outputs,
             max_batch_size=config.max_batch_size,
         )
-        return Served(version, model, target)
+        return Served(version, model, target, _view(name, config))
 
 
 def _version_order(version: str) -> tuple[int, str]:
@@ -79,10 +86,21 @@ def _specs(tensors: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in tensors)
 
 
+def _instances(config: Any) -> int:
+    """The count of a group is for each of its GPUs."""
+    return sum(group.count * max(1, len(group.gpus)) for group in config.instance_group) or 1
+
+
+def _view(name: str, config: Any) -> ModelView:
+    """Sequences and ensembles are scheduled by Triton as well. A decoupled model's answers cannot be told apart in a batch of ours."""
+    server_batches = config.WhichOneof("scheduling_choice") is not None
+    takes_ours = server_batches or not config.model_transaction_policy.decoupled
+    return ModelView(name, config.max_batch_size if takes_ours else 0, server_batches, _instances(config))
+
+
 def _slots(config: Any) -> int:
     """Enough for a full batch in every instance and another one that gathers meanwhile."""
-    instances = sum(group.count for group in config.instance_group) or 1
-    batches: int = 2 * config.max_batch_size * instances
+    batches: int = 2 * config.max_batch_size * _instances(config)
     return max(LEAST_SLOTS, min(batches, MOST_SLOTS))
 
 

@@ -35,3 +35,16 @@ class Rate:
     def _decay(self, now_s: float) -> None:
         self._value *= math.exp(-(now_s - self._last_s) / self._tau_s)
         self._last_s = now_s
+
+
+class Average:
+    """Exponential average over events: each has the weight `share`, the first ones that of a plain mean, so it is unbiased at once."""
+
+    def __init__(self, share: float = 0.05) -> None:
+        self.value = 0.0  # 0 while nothing is known
+        self._share = share
+        self._events = 0
+
+    def add(self, value: float) -> None:
+        self._events += 1
+        self.value += (value - self.value) * max(self._share, 1 / self._events)

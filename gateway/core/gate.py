@@ -1,181 +1,202 @@
 """The concurrency limit of one scope with its wait queue: who goes in now, who waits, who is next.
 
 The gate owns the counters and the queue; policies say how many (limit), which flow (fairness), which step (ordering), whether waiting is
-allowed and what the hint is (backpressure). Without a fairness policy all share one queue; without an ordering policy lanes go in
-their order of precedence, first come first served inside a lane.
+allowed and what the hint is (backpressure). Tiers are the gate's own: the most important one that waits goes first, and when the queue
+is full the newest step of the least important tier makes room for a more important one.
 """
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from gateway.core.estimators import Rate
-from gateway.core.faults import Faults
-from gateway.policy import Named, Reject, ScopeView
-from gateway.types import LANES, Flow, Lane
+from gateway.core.admission import Refusal
+from gateway.core.containment import Containment, a_count, a_time_or_none, a_truth, an_order
+from gateway.core.estimators import Average, Rate
+from gateway.core.permit import Permit
+from gateway.core.policies import PolicySet
+from gateway.core.tier_queue import TierQueue
+from gateway.policy import Named, OnError, Reject, Sample, ScopeView, Slot
+from gateway.types import TIERS, Flow
 
 UNLIMITED = 1_000_000
-_LANE_RANK: dict[Lane, float] = {lane: float(rank) for rank, lane in enumerate(LANES)}
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A step's place at the gate. `wake` is called, once, when it is granted after waiting; set it when `waiting` is true."""
-
-    flow: Flow
-    arrived_s: float
-    wake: Callable[[], None] = lambda: None
-    give_up_s: float = float("inf")
-    key: Hashable = None
-    waiting: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class GatePolicies:
-    limits: Sequence[Named] = ()
-    fairness: Named | None = None
-    ordering: Named | None = None
-    backpressure: Sequence[Named] = ()
-
-
-@dataclass(slots=True)
-class _Backlog:
-    """The waiting tickets of one fairness key: a heap, where tickets that gave up stay until they surface."""
-
-    heap: list[tuple[float, int, Ticket]] = field(default_factory=list)
-    waiting: int = 0
+_FAILED = -1.0  # in place of a longest wait
+_ANY_ORDER = (0.0,)
 
 
 class Gate:
-    def __init__(self, scope: str, policies: GatePolicies, faults: Faults, random: Callable[[], float]) -> None:
+    def __init__(self, scope: str, policies: PolicySet, contain: Containment, random: Callable[[], float]) -> None:
         self.scope = scope
         self.inflight = 0
         self.waiting = 0
-        self.drain = Rate()
-        self._policies = policies
-        self._faults = faults
+        self.drain, self.round_trip, self.service = Rate(), Average(), Average()
+        self._contain = contain
         self._random = random
-        self._backlogs: dict[Hashable, _Backlog] = {}
-        self._arrivals = 0
-        self._oldest: deque[Ticket] = deque()  # by arrival; tickets that left stay until they are first
+        self._limits = policies.all(Slot.LIMIT)
+        self._backpressure = policies.all(Slot.BACKPRESSURE)
+        self._ordering = policies.one(Slot.ORDERING)
+        self._tiers = [TierQueue(policies.one(Slot.FAIRNESS), contain) for _ in range(TIERS)]
+        self._oldest: deque[Permit] = deque()  # by arrival; permits that left stay until they are first
+
+    # ---- counters --------------------------------------------------------------------------------------------------------------
 
     def limit(self) -> int:
-        """The smallest limit that a policy gives; a policy that raises does not count."""
+        """The smallest limit that a policy gives; a policy that fails, or is a shadow, does not count."""
         smallest = UNLIMITED
-        for named in self._policies.limits:
-            limit = self._ask(named, "limit", self.scope)
-            if limit is not None:
-                smallest = min(smallest, max(1, int(limit)))
+        for named in self._limits:
+            if not named.shadow:
+                smallest = min(smallest, self._contain.call(named, "limit", a_count, UNLIMITED, self.scope))
         return smallest
 
     def view(self, now_s: float) -> ScopeView:
-        return ScopeView(self.scope, self.inflight, self.limit(), self.waiting, self._oldest_wait_s(now_s), self.drain.per_s(now_s))
+        return ScopeView(
+            self.scope,
+            self.inflight,
+            self.limit(),
+            self.waiting,
+            self._oldest_wait_s(now_s),
+            self.drain.per_s(now_s),
+            self.round_trip.value,
+            self.service.value,
+        )
 
-    def offer(self, ticket: Ticket, now_s: float) -> Reject | None:
-        """Grants the ticket (waiting is False), queues it (waiting is True, give_up_s says until when), or rejects it."""
+    # ---- in and out ------------------------------------------------------------------------------------------------------------
+
+    def offer(self, permit: Permit, now_s: float) -> Refusal | None:
+        """Grants the permit, lets it wait (is_waiting, until give_up_s), or refuses it."""
+        for named in self._limits:
+            if named.shadow and self.inflight >= self._contain.call(named, "limit", a_count, UNLIMITED, self.scope):
+                self._contain.count(named, "shadow_rejected")
         if not self.waiting and self.inflight < self.limit():
-            self.inflight += 1
-            self._charge(ticket, now_s)
+            self._grant(permit, now_s)
             return None
-        return self._queue(ticket, now_s)
+        return self._queue(permit, now_s)
 
-    def release(self, now_s: float, completed: bool) -> None:
-        """A granted ticket ended: grants as many waiting ones as fit now."""
+    def end(self, permit: Permit, sample: Sample, now_s: float) -> None:
+        """A granted step has ended: the limits learn from it, and as many waiting ones as fit now are granted."""
         self.inflight -= 1
-        if completed:
+        if sample.round_trip_s > 0.0 and sample.ending == "succeeded":
             self.drain.add(now_s)
+            self.round_trip.add(sample.round_trip_s)
+            self.service.add(sample.service_s)
+        for named in self._limits:
+            self._contain.call(named, "on_sample", None, None, sample, now_s, self._random())
+        if sample.cost != permit.flow.cost:
+            self._tiers[permit.flow.tier].charge(permit, sample.cost - permit.flow.cost, now_s)
         self.fill(now_s)
 
     def fill(self, now_s: float) -> None:
-        limit = self.limit() if self.waiting else 0
-        while self.waiting and self.inflight < limit:
-            ticket = self._next(now_s)
-            self.inflight += 1
-            self._charge(ticket, now_s)
-            ticket.wake()
+        while self.waiting and self.inflight < self.limit():
+            permit = self._next(now_s)
+            permit.refusal = self._too_late(permit, now_s)
+            if permit.refusal is None:
+                self._grant(permit, now_s)
+            permit.wake()
 
-    def abandon(self, ticket: Ticket, now_s: float) -> bool:
-        """The ticket does not wait any longer. False when it has been granted meanwhile: then the caller must release it."""
-        if not ticket.waiting:
+    def abandon(self, permit: Permit, now_s: float) -> bool:
+        """It does not wait any longer. False when it was granted or refused meanwhile."""
+        if not permit.is_waiting:
             return False
-        ticket.waiting = False
-        self._left(ticket.key, now_s)
+        self._tiers[permit.flow.tier].remove(permit, now_s)
+        self._left()
         return True
 
     def retry_after_s(self, flow: Flow, now_s: float) -> float | None:
         """The largest hint of the backpressure policies; None when none of them knows."""
-        hints = [self._ask(named, "retry_after_s", flow, self.view(now_s), now_s, self._random()) for named in self._policies.backpressure]
+        view = self.view(now_s)
+        hints = [
+            self._contain.call(named, "retry_after_s", a_time_or_none, None, flow, view, now_s, self._random())
+            for named in self._backpressure
+            if not named.shadow
+        ]
         return max((hint for hint in hints if hint is not None), default=None)
 
-    def _queue(self, ticket: Ticket, now_s: float) -> Reject | None:
-        flow, view = ticket.flow, self.view(now_s)
-        longest_s = float("inf")
-        for named in self._policies.backpressure:
-            wait_s = self._ask(named, "may_wait", flow, view, now_s, default=0.0)
-            if wait_s is None:
-                message = f"{self.scope} has {self.inflight} steps in flight and {self.waiting} waiting: no more may wait"
-                return Reject("QUEUE_FULL", message, self.scope, self.retry_after_s(flow, now_s))
-            longest_s = min(longest_s, wait_s)
-        ticket.give_up_s = now_s + longest_s
-        fairness, ordering = self._policies.fairness, self._policies.ordering
-        ticket.key = self._ask(fairness, "key", flow) if fairness else None
-        order = self._ask(ordering, "key", flow, ticket.arrived_s, view) if ordering else None
-        backlog = self._backlogs.get(ticket.key)
-        if backlog is None:
-            backlog = self._backlogs[ticket.key] = _Backlog()
-            if fairness:
-                self._ask(fairness, "activate", ticket.key, flow, now_s)
-        self._arrivals += 1
-        heapq.heappush(backlog.heap, (_LANE_RANK[flow.lane] if order is None else order, self._arrivals, ticket))
-        backlog.waiting += 1
-        self._oldest.append(ticket)
+    # ---- the queue -------------------------------------------------------------------------------------------------------------
+
+    def _queue(self, permit: Permit, now_s: float) -> Refusal | None:
+        flow, view = permit.flow, self.view(now_s)
+        longest_s, refused_by = self._longest_wait_s(flow, view, now_s)
+        if refused_by is not None:
+            victim = self._less_important(flow.tier)
+            if victim is not None:
+                ahead = sum(queue.waiting for queue in self._tiers[: flow.tier + 1])  # the others would be overtaken
+                longest_s, refused_by = self._longest_wait_s(flow, replace(view, waiting=ahead), now_s, again=True)
+            if refused_by is not None:
+                return self._full(refused_by, flow, now_s)
+            assert victim is not None
+            self._displace(victim, now_s)
+        permit.give_up_s = now_s + longest_s
+        order = _ANY_ORDER
+        if self._ordering:
+            order = self._contain.call(self._ordering, "key", an_order, _ANY_ORDER, flow, permit.arrived_s, view)
+        self._tiers[flow.tier].add(permit, order, now_s)
+        self._oldest.append(permit)
         self.waiting += 1
-        ticket.waiting = True
         return None
 
-    def _next(self, now_s: float) -> Ticket:
-        fairness = self._policies.fairness
-        key = self._ask(fairness, "pick", now_s) if fairness else None
-        if key not in self._backlogs:  # the policy failed or named a key that has nothing waiting: the longest active one
-            key = next(iter(self._backlogs))
-        heap = self._backlogs[key].heap
-        ticket = heapq.heappop(heap)[2]
-        while not ticket.waiting:
-            ticket = heapq.heappop(heap)[2]
-        ticket.waiting = False
-        self._left(key, now_s)
-        return ticket
+    def _longest_wait_s(self, flow: Flow, view: ScopeView, now_s: float, *, again: bool = False) -> tuple[float, Named | None]:
+        """How long it may wait, or the policy that does not let it."""
+        longest_s = float("inf")
+        for named in self._backpressure:
+            otherwise = float("inf") if named.on_error is OnError.ADMIT else _FAILED
+            wait_s = self._contain.call(named, "may_wait", a_time_or_none, otherwise, flow, view, now_s)
+            if named.shadow:
+                if wait_s is None and not again:
+                    self._contain.count(named, "shadow_rejected")
+            elif wait_s is None or wait_s == _FAILED:
+                return 0.0, named
+            else:
+                longest_s = min(longest_s, wait_s)
+        return longest_s, None
 
-    def _left(self, key: Hashable, now_s: float) -> None:
+    def _full(self, named: Named, flow: Flow, now_s: float) -> Refusal:
+        self._contain.count(named, "rejected")
+        message = f"{self.scope} has {self.inflight} steps in flight and {self.waiting} waiting: no more may wait"
+        return Refusal(Reject("QUEUE_FULL", message, self.scope, self.retry_after_s(flow, now_s)), named.name)
+
+    def _less_important(self, tier: int) -> Permit | None:
+        """The newest waiting permit of the least important tier that is less important than `tier`."""
+        for queue in reversed(self._tiers[tier + 1 :]):
+            if queue.waiting:
+                return queue.newest()
+        return None
+
+    def _displace(self, victim: Permit, now_s: float) -> None:
+        self.abandon(victim, now_s)
+        message = f"{self.scope} is full, and a step of a more important tier came"
+        victim.refusal = Refusal(Reject("DISPLACED", message, self.scope, self.retry_after_s(victim.flow, now_s)), "tiers")
+        victim.wake()
+
+    def _too_late(self, permit: Permit, now_s: float) -> Refusal | None:
+        if not self._backpressure:
+            return None
+        waited_s, view = now_s - permit.arrived_s, self.view(now_s)
+        for named in self._backpressure:
+            if self._contain.call(named, "may_start", a_truth, True, permit.flow, waited_s, view, now_s):
+                continue
+            if named.shadow:
+                self._contain.count(named, "shadow_rejected")
+                continue
+            self._contain.count(named, "rejected")
+            message = f"the step waited {waited_s:.3f} s for {self.scope}, which is overloaded: too long to be of use"
+            return Refusal(Reject("WAITED_TOO_LONG", message, self.scope, self.retry_after_s(permit.flow, now_s)), named.name)
+        return None
+
+    def _next(self, now_s: float) -> Permit:
+        permit = next(queue for queue in self._tiers if queue.waiting).next(now_s)
+        self._left()
+        return permit
+
+    def _grant(self, permit: Permit, now_s: float) -> None:
+        self.inflight += 1
+        permit.granted_s, permit.inflight = now_s, self.inflight
+        self._tiers[permit.flow.tier].charge(permit, permit.flow.cost, now_s)
+
+    def _left(self) -> None:
         self.waiting -= 1
-        backlog = self._backlogs[key]
-        backlog.waiting -= 1
-        if not backlog.waiting:
-            del self._backlogs[key]
-            if self._policies.fairness:
-                self._ask(self._policies.fairness, "deactivate", key, now_s)
-        elif len(backlog.heap) > 2 * backlog.waiting + 64:  # mostly tickets that gave up: bound the memory
-            backlog.heap = [entry for entry in backlog.heap if entry[2].waiting]
-            heapq.heapify(backlog.heap)
         if len(self._oldest) > 2 * self.waiting + 64:
-            self._oldest = deque(ticket for ticket in self._oldest if ticket.waiting)
-
-    def _charge(self, ticket: Ticket, now_s: float) -> None:
-        fairness = self._policies.fairness
-        if fairness:
-            key = ticket.key if ticket.key is not None else self._ask(fairness, "key", ticket.flow)
-            self._ask(fairness, "charge", key, ticket.flow, ticket.flow.cost, now_s)
+            self._oldest = deque(permit for permit in self._oldest if permit.is_waiting)
 
     def _oldest_wait_s(self, now_s: float) -> float:
-        while self._oldest and not self._oldest[0].waiting:
+        while self._oldest and not self._oldest[0].is_waiting:
             self._oldest.popleft()
         return now_s - self._oldest[0].arrived_s if self._oldest else 0.0
-
-    def _ask(self, named: Named, method: str, *arguments: Any, default: Any = None) -> Any:
-        try:
-            return getattr(named.policy, method)(*arguments)
-        except Exception as error:
-            self._faults.note(named, error)
-            return default

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from gateway.core.admission import Reservations
-from gateway.core.gate import Gate
 from gateway.core.lifecycle import Event, State, advance
+from gateway.core.permit import Permit
 from gateway.policy import Ending, Sample
 from gateway.types import Flow, Step, StepResult
 
@@ -22,9 +21,8 @@ class Passage:
     span: object
     end: Callable[["Passage", BaseException | None], None]
     state: State = State.RECEIVED
-    reserved: Reservations | None = None
-    gate: Gate | None = None
-    inflight: int = 0
+    permit: Permit | None = None
+    region: str = ""  # where it was sent
     dispatched_s: float = 0.0
     result: StepResult | None = None
 
@@ -44,8 +42,9 @@ class Passage:
             round_trip_s=now_s - self.dispatched_s if self.dispatched_s else 0.0,
             queue_s=result.queue_us / 1e6 if result else 0.0,
             service_s=result.service_us / 1e6 if result else 0.0,
-            inflight=self.inflight,
+            inflight=self.permit.inflight if self.permit else 0,
             cost=self.flow.cost,
+            worker_wait_s=result.worker_wait_us / 1e6 if result else 0.0,
         )
 
     def __enter__(self) -> Self:

@@ -40,7 +40,7 @@ class NatsGatewayBus:
         self._consume = make_link(config, f"{gateway_id} consume")
         self.control = make_link(config, f"{gateway_id} control")
         timeout_s = config.nats.publish_timeout_s
-        self._js = JetStream(self.control, timeout_s)
+        self.js = self._js = JetStream(self.control, timeout_s)
         self._jobs = JobStore(JetStream(self._publish, timeout_s), clock, config.nats.job_keep_s)
         self._dispatcher = Dispatcher(clock, self._publish, self._consume, self._js, timeout_s)
         self._live = LiveCatalogue(self._js, clock, config.worker.heartbeat_s)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from gateway.types import Kind, Target, TensorSpec, WorkerInfo
+from gateway.types import BatchCost, Kind, Target, TensorSpec, WorkerInfo
 
 
 def write_target(target: Target) -> bytes:
@@ -27,10 +27,11 @@ def write_worker(info: WorkerInfo) -> bytes:
 def read_worker(data: bytes) -> WorkerInfo:
     """Raises ValueError, TypeError or KeyError for what is not a worker."""
     found = _known(WorkerInfo, json.loads(data))
-    return WorkerInfo(**found | {"kind": Kind(found["kind"]), "targets": tuple(found["targets"])})
+    costs = {scope: BatchCost(**_known(BatchCost, cost)) for scope, cost in dict(found.get("batch_costs", ())).items()}
+    return WorkerInfo(**found | {"kind": Kind(found["kind"]), "targets": tuple(found["targets"]), "batch_costs": costs})
 
 
-def _known(cls: type[Target] | type[WorkerInfo], found: Any) -> dict[str, Any]:
+def _known(cls: type[Target] | type[WorkerInfo] | type[BatchCost], found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return {name: value for name, value in found.items() if name in cls.__dataclass_fields__}

@@ -98,6 +98,8 @@ def result_headers(result: StepResult, *, extra: str = "") -> bytes:
         f"{s.H_REGION}: {result.region}\r\n{s.H_WORKER}: {escape(result.worker)}\r\n{s.H_QUEUE_US}: {result.queue_us}\r\n"
         f"{s.H_SERVICE_US}: {result.service_us}\r\n{s.H_CONTENT_TYPE}: {escape(result.output.content_type)}\r\n"
     )
+    if result.worker_wait_us:
+        fields += f"{s.H_WORKER_WAIT_US}: {result.worker_wait_us}\r\n"
     if result.code:
         fields += f"{s.H_CODE}: {result.code}\r\n"
     if result.reason:
@@ -123,6 +125,7 @@ def read_result(subject: str, raw: bytes, body: bytes) -> StepResult:
         code=found.get(s.H_CODE, ""),
         reason=unescape(found.get(s.H_REASON, "")),
         message=unescape(found.get(s.H_MESSAGE, "")),
+        worker_wait_us=int(found.get(s.H_WORKER_WAIT_US, "0")),
     )
 
 

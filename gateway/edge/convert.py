@@ -12,6 +12,7 @@ from google.rpc import code_pb2
 from gateway.types import (
     JSON,
     TENSORS,
+    BatchCost,
     Completed,
     EventKind,
     JobState,
@@ -223,6 +224,10 @@ def target_to_proto(status: TargetStatus) -> pb.Target:
     message.timeout.FromMicroseconds(round(target.timeout_s * 1e6))
     if target.input_schema is not None:
         message.input_schema.CopyFrom(struct_to_proto(target.input_schema))
+    if status.batch_cost is not None:
+        message.batch_cost.fixed.FromNanoseconds(round(status.batch_cost.fixed_s * 1e9))
+        message.batch_cost.each.FromNanoseconds(round(status.batch_cost.each_s * 1e9))
+        message.batch_cost.batches = status.batch_cost.batches
     return message
 
 
@@ -242,7 +247,9 @@ def target_from_proto(message: pb.Target) -> TargetStatus:
         tensor_inputs=tuple(_spec_from_proto(tensor) for tensor in message.tensor_inputs),
         tensor_outputs=tuple(_spec_from_proto(tensor) for tensor in message.tensor_outputs),
     )
-    return TargetStatus(target, tuple(message.live_regions))
+    cost = message.batch_cost
+    learnt = BatchCost(cost.fixed.ToNanoseconds() / 1e9, cost.each.ToNanoseconds() / 1e9, cost.batches)
+    return TargetStatus(target, tuple(message.live_regions), learnt if message.HasField("batch_cost") else None)
 
 
 def _spec_to_proto(spec: TensorSpec) -> pb.Tensor:

@@ -38,7 +38,7 @@ class Ingress:
         self._listen = config.gateway.listen
         self._health = Health()
         self._servicer = GatewayServicer(config, service, clock, new_id)
-        self._limit = config.gateway.max_in_flight + FLOOD_HEADROOM
+        self._limit = config.gateway.max_in_flight + config.gateway.max_sessions + FLOOD_HEADROOM
         self._options = server_options(config.gateway.max_input_bytes)
         self._server: grpc.aio.Server | None = None
 
@@ -73,8 +73,10 @@ class Ingress:
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls, lets those in flight end for grace_s seconds and cancels the rest. May be called twice."""
         self._health.close()
+        self._servicer.drain()
         if self._server is not None:
             await self._server.stop(grace_s)
+            await self._servicer.wait_ended()
             self._server = None
 
 

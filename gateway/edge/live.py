@@ -1,23 +1,19 @@
 """The live catalogue: which targets there are and which workers breathe, from two key-value buckets, kept in memory."""
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 
 from gateway.clock import Clock
+from gateway.edge import buckets
 from gateway.edge import headers as h
 from gateway.edge.catalogue import read_target, read_worker
-from gateway.edge.jetstream import JetStream, Message, NoAnswer, until_answered
+from gateway.edge.jetstream import JetStream, until_answered
 from gateway.subjects import TARGETS_BUCKET, WORKERS_BUCKET
 from gateway.types import Target, WorkerInfo
 
 log = logging.getLogger(__name__)
-
-_PAGE = 256
-_TIMEOUT_S = 5.0
-H_OPERATION = "KV-Operation"  # DEL or PURGE marks a key that is gone
 
 
 class LiveCatalogue:
@@ -57,7 +53,7 @@ class LiveCatalogue:
 
     def _apply(self, subject: str, headers: bytes, data: bytes, age_s: float) -> None:
         _, bucket, key = subject.split(".", 2)
-        gone = bool(headers) and H_OPERATION in h.parse(headers)
+        gone = buckets.is_gone(headers)
         try:
             if bucket == WORKERS_BUCKET:
                 self._alive_until_s = 0.0
@@ -90,26 +86,11 @@ class LiveCatalogue:
         return lambda _: asyncio.ensure_future(self._load(bucket, live_keys))
 
     async def _load(self, bucket: str, live_keys: Set[str]) -> None:
-        """Page by page with batched direct gets."""
-        sequence = 1
-        while True:
-            body = json.dumps({"seq": sequence, "next_by_subj": f"$KV.{bucket}.>", "batch": _PAGE}).encode()
-            found, end = await self._js.collect(f"$JS.API.DIRECT.GET.KV_{bucket}", body, _TIMEOUT_S)
-            code = h.status(end.headers)[0] if end is not None else 0
-            if code not in (204, 404):
-                raise NoAnswer(f"the bucket {bucket} did not answer ({code})")
-            for message in found:
-                sequence = self._take(message, live_keys) + 1
-            if code == 404 or len(found) < _PAGE:
-                return
-
-    def _take(self, message: Message, live_keys: Set[str]) -> int:
-        fields = h.parse(message.headers)
-        subject = fields["Nats-Subject"]
-        if subject not in live_keys:
-            stored_s = datetime.fromisoformat(fields["Nats-Time-Stamp"][:19] + "+00:00").timestamp()
-            self._apply(subject, message.headers, message.data, max(0.0, self._clock.wall_s() - stored_s - 1.0))
-        return int(fields["Nats-Sequence"])
+        async for message in buckets.entries(self._js, bucket):
+            if message.subject not in live_keys:
+                stored = h.parse(message.headers)["Nats-Time-Stamp"]
+                stored_s = datetime.fromisoformat(stored[:19] + "+00:00").timestamp()
+                self._apply(message.subject, message.headers, message.data, max(0.0, self._clock.wall_s() - stored_s - 1.0))
 
     def _reload(self) -> None:
         if self._loading is None or self._loading.done():

@@ -7,7 +7,7 @@ https://github.com/nats-io/nats-architecture-and-design ADR-32
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ class ServiceEndpoint:
     num_errors: int = 0
     processing_ns: int = 0
     last_error: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ServiceResponder:
@@ -87,6 +88,7 @@ class ServiceResponder:
                 "last_error": one.last_error,
                 "processing_time": one.processing_ns,
                 "average_processing_time": one.processing_ns // max(1, one.num_requests),
+                "data": one.data,
             }
             for one in self._endpoints()
         ]

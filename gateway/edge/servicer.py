@@ -6,37 +6,32 @@ result keep their input once and not three times.
 
 import asyncio
 import contextlib
-import logging
-import os
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.edge import convert, status
 from gateway.edge.auth import Authenticator
 from gateway.edge.intake import Intake, check_job_id
-from gateway.errors import InvalidStep, NearloopError, Rejected, StepFailed, Unavailable
+from gateway.edge.refusals import Load, Stalled, as_ours, parse
+from gateway.edge.sessions import Sessions
+from gateway.errors import InvalidStep, StepFailed, Unavailable
 from gateway.ports import StepService
 from gateway.types import Completed, Step, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
 
-log = logging.getLogger(__name__)
-
 Context = grpc.aio.ServicerContext[bytes, bytes]
-M = TypeVar("M", bound=Message)
 
 # A reader that stalls is given some megabytes by gRPC before a write waits. One that takes nothing for this long has lost its
 # stream: the permit and the subscription behind it are worth more than the rest of its answer.
 WRITE_TIMEOUT_S = 30.0
 # How long to wait until such a reader has been told; core delivers the status later by itself when the reader comes back.
 GIVE_UP_TIMEOUT_S = 1.0
-OVERLOADED_RETRY_S = 1.0
 
 
 class GatewayServicer:
@@ -44,15 +39,16 @@ class GatewayServicer:
         self._service = service
         self._auth = Authenticator(config.auth)
         self._intake = Intake(config.gateway, service, clock, new_id)
-        self._max_in_flight = config.gateway.max_in_flight
+        self._load = Load(config.gateway.max_in_flight)
         self._max_watch_s = config.gateway.max_timeout_s
-        self._in_flight = 0
+        self._sessions = Sessions(config.gateway, service, self._intake, self._load)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         return {
             "Execute": unary(self.execute),
             "ExecuteStream": stream(self.execute_stream),
+            "Session": grpc.stream_stream_rpc_method_handler(self.session),
             "Submit": unary(self.submit),
             "GetJob": unary(self.get_job),
             "WatchJob": stream(self.watch_job),
@@ -63,44 +59,58 @@ class GatewayServicer:
     # --- steps ---
 
     async def execute(self, raw: bytes, context: Context) -> bytes:
-        self._in_flight += 1
+        self._load.count += 1
         try:
             step, as_struct = self._take(parse(pb.ExecuteRequest, raw).step, context)
             done = await self._service.execute(step)
             answer = pb.ExecuteResponse(result=convert.result_to_proto(done.result, done.timing, as_struct))
             return answer.SerializeToString()
         except Exception as error:
-            await fail(context, error, "Execute")
+            return refuse(context, error, "Execute")
         finally:
-            self._in_flight -= 1
+            self._load.count -= 1
 
     async def execute_stream(self, raw: bytes, context: Context) -> None:
-        self._in_flight += 1
+        self._load.count += 1
         try:
             step, as_struct = self._take(parse(pb.ExecuteStreamRequest, raw).step, context, stream=True)
             await self._send(context, self._service.stream(step), pb.ExecuteStreamResponse, as_struct)
         except Exception as error:
             await fail(context, error, "ExecuteStream")
         finally:
-            self._in_flight -= 1
+            self._load.count -= 1
+
+    async def session(self, _requests: object, context: Context) -> None:
+        try:
+            metadata = context.invocation_metadata() or ()
+            await self._sessions.serve(self._auth.tenant(metadata), metadata, context)
+        except Exception as error:
+            await fail(context, error, "Session")
+
+    def drain(self) -> None:
+        """Sessions get no more credits and end once they have answered what is in flight; new ones are refused."""
+        self._sessions.drain()
+
+    async def wait_ended(self) -> None:
+        """After the server was stopped: returns when its sessions have given back what they held."""
+        await self._sessions.wait_ended()
 
     async def submit(self, raw: bytes, context: Context) -> bytes:
-        self._in_flight += 1
+        self._load.count += 1
         try:
             step, _ = self._take(parse(pb.SubmitRequest, raw).step, context, job=True)
             job, created = await self._service.submit(step)
             return pb.SubmitResponse(job=convert.job_to_proto(job), created=created).SerializeToString()
         except Exception as error:
-            await fail(context, error, "Submit")
+            return refuse(context, error, "Submit")
         finally:
-            self._in_flight -= 1
+            self._load.count -= 1
 
     def _take(self, message: pb.Step, context: Context, *, stream: bool = False, job: bool = False) -> tuple[Step, bool]:
         """The checked step, and whether the caller speaks Struct."""
         metadata = context.invocation_metadata() or ()
         tenant = self._auth.tenant(metadata)
-        if self._in_flight > self._max_in_flight:
-            raise too_many(self._max_in_flight)
+        self._load.check()
         step = self._intake.step(message, tenant, metadata, context.time_remaining(), stream=stream, job=job)
         return step, message.input.HasField("json")
 
@@ -116,7 +126,7 @@ class GatewayServicer:
         return await self._answer(context, "ListTargets", self._list_targets, raw)
 
     async def watch_job(self, raw: bytes, context: Context) -> None:
-        self._in_flight += 1
+        self._load.count += 1
         try:
             request = parse(pb.WatchJobRequest, raw)
             tenant = self._tenant(context)
@@ -126,7 +136,7 @@ class GatewayServicer:
         except Exception as error:
             await fail(context, error, "WatchJob")
         finally:
-            self._in_flight -= 1
+            self._load.count -= 1
 
     async def _get_job(self, raw: bytes, tenant: str) -> Message:
         request = parse(pb.GetJobRequest, raw)
@@ -150,18 +160,17 @@ class GatewayServicer:
 
     def _tenant(self, context: Context) -> str:
         tenant = self._auth.tenant(context.invocation_metadata() or ())
-        if self._in_flight > self._max_in_flight:
-            raise too_many(self._max_in_flight)
+        self._load.check()
         return tenant
 
     async def _answer(self, context: Context, method: str, act: Callable[[bytes, str], Awaitable[Message]], raw: bytes) -> bytes:
-        self._in_flight += 1
+        self._load.count += 1
         try:
             return (await act(raw, self._tenant(context))).SerializeToString()
         except Exception as error:
-            await fail(context, error, method)
+            return refuse(context, error, method)
         finally:
-            self._in_flight -= 1
+            self._load.count -= 1
 
     async def _send(
         self,
@@ -203,50 +212,37 @@ async def _for_at_most(life_s: float, items: AsyncGenerator[StepEvent | Complete
     raise Unavailable(f"a watch lasts {life_s:g} s at most: watch again", reason="WATCH_AGAIN", retry_after_s=0.0)
 
 
-class _Stalled(Exception):
-    """The reader of a stream takes nothing."""
-
-
 async def _write(context: Context, data: bytes) -> None:
     try:
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await context.write(data)
     except TimeoutError:
-        raise _Stalled from None
+        raise Stalled(WRITE_TIMEOUT_S) from None
 
 
-def parse(kind: type[M], raw: bytes) -> M:
-    """Raises InvalidStep for bytes that are no such message."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise InvalidStep([("request", f"is not a {kind.DESCRIPTOR.full_name}")], reason="MALFORMED_REQUEST") from None
+def refuse(context: Context, error: Exception, method: str) -> bytes:
+    """Ends a unary call with the error's status; to be returned as its answer.
 
-
-def too_many(limit: int) -> Rejected:
-    return Rejected(
-        f"{limit} calls are in flight, as many as this gateway takes (gateway.max_in_flight)",
-        reason="TOO_MANY_IN_FLIGHT",
-        scope="gateway",
-        retry_after_s=OVERLOADED_RETRY_S,
-    )
+    `context.abort` costs the server about twice as much processor time, and refusals come when there is none to spare.
+    """
+    if isinstance(error, grpc.aio.BaseError):
+        raise error  # the connection is gone, or gRPC aborts already
+    code, message, trailers = status.to_status(as_ours(error, method))
+    context.set_code(code)
+    context.set_details(message)
+    context.set_trailing_metadata(trailers)
+    return b""
 
 
 async def fail(context: Context, error: Exception, method: str) -> NoReturn:
-    """Ends the call with the error's status. What is not an error of ours becomes INTERNAL with an id to find in the log."""
+    """Ends the call with the error's status."""
     if isinstance(error, grpc.aio.BaseError):
         raise error  # the connection is gone, or gRPC aborts already
-    if isinstance(error, _Stalled):
-        late = StepFailed(f"the reader took nothing for {WRITE_TIMEOUT_S:g} s", code="ABORTED", reason="READER_STALLED")
+    if isinstance(error, Stalled):
+        late = StepFailed(f"the reader took nothing for {error.after_s:g} s", code="ABORTED", reason="READER_STALLED")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GIVE_UP_TIMEOUT_S):
                 await context.abort(*status.to_status(late))
         raise asyncio.CancelledError
-    if not isinstance(error, NearloopError):
-        error_id = os.urandom(6).hex()
-        # Type and place only: the text of a foreign exception can quote a payload.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        log.error("internal error %s in %s: %s\n%s", error_id, method, type(error).__name__, where)
-        error = NearloopError(f"internal error {error_id}: the gateway's log says more")
-    await context.abort(*status.to_status(error))
+    await context.abort(*status.to_status(as_ours(error, method)))
     raise AssertionError("abort always raises")

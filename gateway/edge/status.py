@@ -42,11 +42,11 @@ _BY_NUMBER = {code.value[0]: code for code in _CODES.values()}
 def to_status(error: errors.NearloopError) -> tuple[grpc.StatusCode, str, Trailers]:
     """Code, message and trailing metadata, as `context.abort` takes them. A code that gRPC does not have becomes INTERNAL."""
     code = _CODES.get(error.code, grpc.StatusCode.INTERNAL)
-    message = _cut(error.message, MAX_MESSAGE_BYTES)
-    info = error_details_pb2.ErrorInfo(reason=_cut(error.reason, MAX_FIELD_BYTES), domain=DOMAIN)
+    message = cut(error.message, MAX_MESSAGE_BYTES)
+    info = error_details_pb2.ErrorInfo(reason=cut(error.reason, MAX_FIELD_BYTES), domain=DOMAIN)
     for key in ("scope", "policy"):
         if text := getattr(error, key):
-            info.metadata[key] = _cut(text, MAX_DESCRIPTION_BYTES)
+            info.metadata[key] = cut(text, MAX_DESCRIPTION_BYTES)
     if isinstance(error, errors.StepFailed):
         info.metadata[SOURCE] = SOURCE_TARGET
     details: list[Message] = [info]
@@ -96,8 +96,8 @@ def from_failure(code: int, reason: str, message: str) -> errors.NearloopError:
 def _bad_request(fields: Sequence[tuple[str, str]]) -> error_details_pb2.BadRequest:
     shown = [
         error_details_pb2.BadRequest.FieldViolation(
-            field=_cut(name, MAX_FIELD_BYTES),
-            description=_cut(text, MAX_DESCRIPTION_BYTES),
+            field=cut(name, MAX_FIELD_BYTES),
+            description=cut(text, MAX_DESCRIPTION_BYTES),
         )
         for name, text in fields[:MAX_FIELDS]
     ]
@@ -130,7 +130,7 @@ def _pack(detail: Message) -> any_pb2.Any:
     return packed
 
 
-def _cut(text: str, limit_bytes: int) -> str:
+def cut(text: str, limit_bytes: int) -> str:
     """At most limit_bytes of UTF-8, with a sign that something is missing."""
     raw = text.encode("utf-8", "replace")
     if len(raw) <= limit_bytes:

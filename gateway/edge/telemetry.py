@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from gateway.clock import Clock
 from gateway.config import TelemetrySection
-from gateway.core.faults import Faults
+from gateway.core.containment import Containment, a_probability
 from gateway.errors import NearloopError
 from gateway.policy import Named
 from gateway.types import Flow, Step
@@ -47,11 +47,11 @@ class StepTracer:
     """Implements `ports.Tracer`. The probability of recording is the largest that a head sampler gives, 0 without any."""
 
     def __init__(
-        self, provider: TracerProvider | None, samplers: Sequence[Named], faults: Faults, clock: Clock, random: Callable[[], float]
+        self, provider: TracerProvider | None, samplers: Sequence[Named], contain: Containment, clock: Clock, random: Callable[[], float]
     ) -> None:
         self._tracer = provider.get_tracer("nearloop") if provider else None
         self._samplers = samplers
-        self._faults = faults
+        self._contain = contain
         self._clock = clock
         self._random = random
 
@@ -87,8 +87,7 @@ class StepTracer:
     def _probability(self, flow: Flow, upstream_sampled: bool | None) -> float:
         highest = 1.0 if upstream_sampled else 0.0
         for named in self._samplers:
-            try:
-                highest = max(highest, named.policy.probability(flow, upstream_sampled, self._clock.now_s()))
-            except Exception as error:
-                self._faults.note(named, error)
+            probability = self._contain.call(named, "probability", a_probability, 0.0, flow, upstream_sampled, self._clock.now_s())
+            if not named.shadow:
+                highest = max(highest, probability)
         return highest

@@ -105,6 +105,7 @@ def streams(config: Config) -> list[dict[str, Any]]:
         _stream(subjects.DEAD_STREAM, [subjects.DEAD_SUBJECT], nats.replicas, max_age=round(nats.dead_keep_s * _NANO)),
         _bucket(subjects.TARGETS_BUCKET, nats.replicas, 0),
         _bucket(subjects.WORKERS_BUCKET, nats.replicas, heartbeats_s),
+        _bucket(subjects.POLICY_BUCKET, nats.replicas, 0, allow_msg_ttl=True),  # the status keys of processes that are gone end
         _bucket(subjects.HANDBACKS_BUCKET, nats.replicas, 0, allow_msg_ttl=True),  # each entry lives as long as its step
     ]
 

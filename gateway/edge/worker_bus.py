@@ -8,12 +8,12 @@ from gateway import subjects as s
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.edge import codec, handbacks, kept, topology
+from gateway.edge.buckets import H_OPERATION
 from gateway.edge.catalogue import write_target, write_worker
 from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
 from gateway.edge.delivery import NatsDelivery
 from gateway.edge.headers import block, escape
 from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, until_answered
-from gateway.edge.live import H_OPERATION
 from gateway.edge.pull import PullLoop
 from gateway.edge.replay import ReplayServer
 from gateway.errors import Unavailable
@@ -54,7 +54,7 @@ class NatsWorkerBus:
         self.control = make_link(config, f"{worker_id} control")
         timeout_s = config.nats.publish_timeout_s
         self._results = JetStream(self._publish, timeout_s)
-        self._js = JetStream(self.control, timeout_s)
+        self.js = self._js = JetStream(self.control, timeout_s)
         self._held: set[str] = set()  # subjects of steps that have not ended; one that is delivered again counts once
         self.pullers: set[_NatsPuller] = set()
         self._checker: asyncio.Task[None] | None = None

@@ -7,6 +7,7 @@ What is measured, for 1, 16, 64 and 256 calls in flight in a closed loop, the cl
     floor-commit     the same, and the worker stores the result by compare-and-set before it replies, as Nearloop does
     nearloop         Execute of the tool `echo` through the real gateway and worker with the default policies; the token bucket
                      decides about every step as always, its rate is beyond what can be reached (the default of 5,000/s may not be)
+    nearloop-bare    the same with no policy at all: what deciding costs
     triton           the model `echo` of a real Triton through tritonclient.grpc.aio
     nearloop-triton  Execute of the same model through Nearloop
     memory           what a step in flight costs the gateway, with thousands of steps held (echo, floor, nearloop)

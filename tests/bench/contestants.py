@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from gateway import subjects
 from gateway.addresses import free_port
+from gateway.config import DEFAULT_POLICIES
 from nearloop.v1 import gateway_pb2
 from tests.bench import echo_server, floor
 from tests.bench.parts import BenchError, LoadGenerator, Part, Parts
@@ -108,33 +110,28 @@ def start_triton(site: Site) -> Endpoint:
     return Endpoint((triton,), address, "", PAYLOAD, client="tritonclient")
 
 
-def policies(limit: int) -> str:
-    """The default ones, all on, with at most `limit` steps in flight; a rate that no machine reaches, for nobody is to be refused here."""
-    return f"""
-[[policies]]
-use = "token_bucket"
-rate_per_s = {RATE_PER_S}
-burst = {RATE_PER_S}
-[[policies]]
-use = "fixed_limit"
-limit = {limit}
-[[policies]]
-use = "bounded_wait"
-[[policies]]
-use = "nearest_region"
-[[policies]]
-use = "passthrough"
-[[policies]]
-use = "parent_ratio"
-"""
+# Nobody is to be refused here, in a closed loop that asks for all that the machine can do: the policies decide about every step as always,
+# with bounds that no machine reaches.
+NEVER_REACHED: dict[str, dict[str, Any]] = {
+    "token_bucket": {"rate_per_s": RATE_PER_S, "burst": RATE_PER_S},
+}
 
 
-DEFAULT_POLICIES = policies(limit=256)
+def policies(**limits: dict[str, Any]) -> str:
+    """The default ones, all on, as TOML."""
+    tables = []
+    for section in DEFAULT_POLICIES:
+        parameters = section.model_dump(exclude_defaults=True) | NEVER_REACHED.get(section.use, {}) | limits.get(section.use, {})
+        tables.append("\n".join(["[[policies]]", *(f"{key} = {json.dumps(value)}" for key, value in parameters.items())]))
+    return "\n".join(tables) + "\n"
+
+
+NO_POLICIES = "policies = []\n"
 # So that thousands of steps are admitted and stay in flight: a higher limit, and a suspended worker is not soon thought dead.
-ROOMY = "[worker]\nheartbeat_s = 60\n" + policies(limit=100_000)
+ROOMY = "[worker]\nheartbeat_s = 60\n" + policies()
 
 
-def start_nearloop(site: Site, *, kind: str = "tool", settings: str = DEFAULT_POLICIES) -> Endpoint:
+def start_nearloop(site: Site, *, kind: str = "tool", settings: str = "") -> Endpoint:
     """The real gateway and worker, as `nearloop gateway` and `nearloop worker` run them; settings: more configuration, TOML."""
     for module in ("gateway.cli", "workers.serve"):
         if importlib.util.find_spec(module) is None:
@@ -144,7 +141,7 @@ def start_nearloop(site: Site, *, kind: str = "tool", settings: str = DEFAULT_PO
     port = free_port()
     config = site.parts.folder / f"nearloop-{port}.toml"
     config.write_text(
-        f'''
+        f'''{settings or policies()}
 [gateway]
 listen = "127.0.0.1:{port}"
 [auth]
@@ -155,7 +152,7 @@ urls = ["{url}"]
 modules = ["workers.builtin_tools"]
 [triton]
 url = "{triton[0][1] if triton else ""}"
-{settings}'''
+'''
     )
     where = ("--config", str(config))
     worker = site.parts.start_module("worker", "workers.serve", "--kind", kind, "--region", "home", *where)
@@ -178,6 +175,7 @@ CONTESTANTS = (
     Contestant("floor", "floor: plain grpc.aio + JetStream", start_floor, start_floor),
     Contestant("floor-commit", "floor that stores results", lambda site: start_floor(site, commit=True)),
     Contestant("nearloop", "Nearloop, tool echo", start_nearloop, lambda site: start_nearloop(site, settings=ROOMY)),
+    Contestant("nearloop-bare", "Nearloop without policies", lambda site: start_nearloop(site, settings=NO_POLICIES)),
     Contestant("triton", "Triton echo, tritonclient directly", start_triton),
     Contestant("nearloop-triton", "Nearloop, Triton echo", lambda site: start_nearloop(site, kind="infer")),
 )

@@ -8,8 +8,8 @@ from typing import Any
 from tests.bench.contestants import CONTESTANTS
 
 TITLES = {contestant.name: contestant.title for contestant in CONTESTANTS}
-BASELINES = {"floor-commit": "floor", "nearloop": "floor", "nearloop-triton": "triton"}
-THROUGHPUT_TARGET, LATENCY_TARGET, MEMORY_TARGET_KB = 1.0, 1.2, 20.0
+BASELINES = {"floor-commit": "floor", "nearloop": "floor", "nearloop-bare": "floor", "nearloop-triton": "triton"}
+THROUGHPUT_TARGET, LATENCY_TARGET, MEMORY_TARGET_KB, POLICIES_TARGET = 1.0, 1.2, 20.0, 0.9
 LOADED, ALONE = 64, 1
 NOISE = 0.1
 
@@ -89,6 +89,7 @@ def ratio(samples: Sequence[Sample], field: str, one: str, other: str, in_flight
 
 def verdicts(samples: Sequence[Sample], memory: Sequence[Memory]) -> list[Verdict]:
     rate, alone = (ratio(samples, field, "nearloop", "floor", many) for field, many in (("per_s", LOADED), ("p50_ms", ALONE)))
+    policies = ratio(samples, "per_s", "nearloop", "nearloop-bare", LOADED)
     kb = next((item.kb_per_step for item in memory if item.contestant == "nearloop"), None)
     return [
         Verdict(
@@ -98,6 +99,12 @@ def verdicts(samples: Sequence[Sample], memory: Sequence[Memory]) -> list[Verdic
             None if rate is None else rate >= THROUGHPUT_TARGET,
         ),
         Verdict("p50 alone, Nearloop / floor", alone, f"<= {LATENCY_TARGET:.2f}", None if alone is None else alone <= LATENCY_TARGET),
+        Verdict(
+            f"throughput at {LOADED} in flight, with / without policies",
+            policies,
+            f">= {POLICIES_TARGET:.2f}",
+            None if policies is None else policies >= POLICIES_TARGET,
+        ),
         Verdict("gateway memory a step in flight, KB", kb, f"<= {MEMORY_TARGET_KB:.0f}", None if kb is None else kb <= MEMORY_TARGET_KB),
     ]
 

@@ -601,6 +601,7 @@ class Target(_message.Message):
     INPUT_SCHEMA_FIELD_NUMBER: _builtins.int
     TENSOR_INPUTS_FIELD_NUMBER: _builtins.int
     TENSOR_OUTPUTS_FIELD_NUMBER: _builtins.int
+    BATCH_COST_FIELD_NUMBER: _builtins.int
     kind: Global___Kind.ValueType
     """Kind of its steps."""
     name: _builtins.str
@@ -633,6 +634,10 @@ class Target(_message.Message):
     def tensor_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """Model outputs, likewise."""
 
+    @_builtins.property
+    def batch_cost(self) -> Global___BatchCost:
+        """What a batch costs, when it is a model and a worker has learnt it."""
+
     def __init__(
         self,
         *,
@@ -647,14 +652,49 @@ class Target(_message.Message):
         input_schema: _struct_pb2.Struct | None = ...,
         tensor_inputs: _abc.Iterable[Global___Tensor] | None = ...,
         tensor_outputs: _abc.Iterable[Global___Tensor] | None = ...,
+        batch_cost: Global___BatchCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input_schema", b"input_schema", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_cost", b"batch_cost", "input_schema", b"input_schema", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "home_region", b"home_region", "idempotent", b"idempotent", "input_schema", b"input_schema", "kind", b"kind", "live_regions", b"live_regions", "name", b"name", "read_only", b"read_only", "tensor_inputs", b"tensor_inputs", "tensor_outputs", b"tensor_outputs", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_cost", b"batch_cost", "description", b"description", "home_region", b"home_region", "idempotent", b"idempotent", "input_schema", b"input_schema", "kind", b"kind", "live_regions", b"live_regions", "name", b"name", "read_only", b"read_only", "tensor_inputs", b"tensor_inputs", "tensor_outputs", b"tensor_outputs", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Target: _TypeAlias = Target  # noqa: Y015
+
+@_typing.final
+class BatchCost(_message.Message):
+    """BatchCost is what a worker learnt about a model: a batch of b rows takes fixed + each * b."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_FIELD_NUMBER: _builtins.int
+    EACH_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    batches: _builtins.int
+    """Batches that this was learnt from."""
+    @_builtins.property
+    def fixed(self) -> _duration_pb2.Duration:
+        """Time of every batch, whatever its size."""
+
+    @_builtins.property
+    def each(self) -> _duration_pb2.Duration:
+        """Time of each row."""
+
+    def __init__(
+        self,
+        *,
+        fixed: _duration_pb2.Duration | None = ...,
+        each: _duration_pb2.Duration | None = ...,
+        batches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["each", b"each", "fixed", b"fixed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "each", b"each", "fixed", b"fixed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCost: _TypeAlias = BatchCost  # noqa: Y015
 
 @_typing.final
 class ExecuteRequest(_message.Message):
@@ -995,3 +1035,272 @@ class ListTargetsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTargetsResponse: _TypeAlias = ListTargetsResponse  # noqa: Y015
+
+@_typing.final
+class SessionRequest(_message.Message):
+    """SessionRequest is one message of the client. One that is malformed, empty or has a wrong tag ends the session with INVALID_ARGUMENT,
+    after what is in flight was answered.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def step(self) -> Global___SessionStep:
+        """Executes a step."""
+
+    @_builtins.property
+    def cancel(self) -> Global___SessionCancel:
+        """Cancels one."""
+
+    def __init__(
+        self,
+        *,
+        step: Global___SessionStep | None = ...,
+        cancel: Global___SessionCancel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "step", b"step", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "step", b"step", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["step", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class SessionStep(_message.Message):
+    """SessionStep is a step with the tag that its answer will have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Larger than every tag before it in the session, from 1."""
+    events: _builtins.bool
+    """True to get its tokens and progress as well."""
+    @_builtins.property
+    def step(self) -> Global___Step:
+        """The step; it is checked as in Execute."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        step: Global___Step | None = ...,
+        events: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "step", b"step", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionStep: _TypeAlias = SessionStep  # noqa: Y015
+
+@_typing.final
+class SessionCancel(_message.Message):
+    """SessionCancel cancels a step that is in flight; it is answered with CANCELLED, unless it ended before. The job of a step with an
+    idempotency key goes on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Tag of the step."""
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionCancel: _TypeAlias = SessionCancel  # noqa: Y015
+
+@_typing.final
+class SessionResponse(_message.Message):
+    """SessionResponse is one message of the gateway: credits, an answer or an event; an answer can bring credits along."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREDITS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    credits: _builtins.int
+    """How many steps the client may have sent since the session began, all together; 0 says nothing new. It never becomes less. Each step
+    takes one, whatever its answer is. A step beyond it is not executed: it is answered with RESOURCE_EXHAUSTED, reason
+    CREDITS_EXCEEDED, and not counted. A client that does that again and again loses its session.
+    """
+    @_builtins.property
+    def result(self) -> Global___SessionResult:
+        """The answer to a step that succeeded."""
+
+    @_builtins.property
+    def failure(self) -> Global___SessionFailure:
+        """The answer to a step that did not."""
+
+    @_builtins.property
+    def event(self) -> Global___SessionEvent:
+        """Something that happened while a step was executed."""
+
+    def __init__(
+        self,
+        *,
+        credits: _builtins.int = ...,
+        result: Global___SessionResult | None = ...,
+        failure: Global___SessionFailure | None = ...,
+        event: Global___SessionEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failure", b"failure", "result", b"result", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "event", b"event", "failure", b"failure", "result", b"result", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["result", "failure", "event"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class SessionResult(_message.Message):
+    """SessionResult is the answer to a step that succeeded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Tag of the step."""
+    @_builtins.property
+    def result(self) -> Global___Result:
+        """Its result."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        result: Global___Result | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionResult: _TypeAlias = SessionResult  # noqa: Y015
+
+@_typing.final
+class SessionFailure(_message.Message):
+    """SessionFailure is the answer to a step that did not succeed: what Execute says with its status and google.rpc details."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    FROM_TARGET_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Tag of the step."""
+    scope: _builtins.str
+    """Whose limit it is, such as "tool.docs"; may be empty."""
+    policy: _builtins.str
+    """The policy that refused the step; may be empty."""
+    from_target: _builtins.bool
+    """True when the step's target failed, not the gateway."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Code, reason and message."""
+
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """When to try again, where that is known."""
+
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]:
+        """What is wrong with the step, for INVALID_ARGUMENT."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+        scope: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+        violations: _abc.Iterable[Global___FieldViolation] | None = ...,
+        from_target: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "retry_after", b"retry_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "from_target", b"from_target", "policy", b"policy", "retry_after", b"retry_after", "scope", b"scope", "tag", b"tag", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionFailure: _TypeAlias = SessionFailure  # noqa: Y015
+
+@_typing.final
+class FieldViolation(_message.Message):
+    """FieldViolation says what is wrong with a field."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Path of the field, such as "step.target"."""
+    description: _builtins.str
+    """For a person."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FieldViolation: _TypeAlias = FieldViolation  # noqa: Y015
+
+@_typing.final
+class SessionEvent(_message.Message):
+    """SessionEvent is one thing that happened while a step was executed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Tag of the step."""
+    @_builtins.property
+    def event(self) -> Global___Event:
+        """Started, a token or progress."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        event: Global___Event | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionEvent: _TypeAlias = SessionEvent  # noqa: Y015

@@ -50,6 +50,11 @@ class GatewayStub:
                 request_serializer=nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamRequest.SerializeToString,
                 response_deserializer=nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/nearloop.v1.Gateway/Session',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.SessionRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.SessionResponse.FromString,
+                _registered_method=True)
         self.Submit = channel.unary_unary(
                 '/nearloop.v1.Gateway/Submit',
                 request_serializer=nearloop_dot_v1_dot_gateway__pb2.SubmitRequest.SerializeToString,
@@ -95,6 +100,17 @@ class GatewayServicer:
 
     def ExecuteStream(self, request, context):
         """ExecuteStream runs one step and streams its tokens and progress, then its result as the last event.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Session(self, request_iterator, context):
+        """Session carries many steps on one stream. The gateway says with credits how many it may send; every step that it sends is answered
+        exactly once, with a result or a failure, in the order in which they end. The deadline of the call does not bound its steps, each has
+        its own. A client that ends its requests still gets all answers, and then the status OK. When the call is cancelled or breaks, steps
+        without an idempotency key are cancelled. A gateway that drains gives no more credits, answers what is in flight, and ends the
+        session with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,6 +164,11 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.ExecuteStream,
                     request_deserializer=nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamRequest.FromString,
                     response_serializer=nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.SessionRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.SessionResponse.SerializeToString,
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
@@ -235,6 +256,33 @@ class Gateway:
             '/nearloop.v1.Gateway/ExecuteStream',
             nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamRequest.SerializeToString,
             nearloop_dot_v1_dot_gateway__pb2.ExecuteStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/nearloop.v1.Gateway/Session',
+            nearloop_dot_v1_dot_gateway__pb2.SessionRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

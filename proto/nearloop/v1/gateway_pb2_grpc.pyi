@@ -43,6 +43,13 @@ class GatewayStub:
     """Execute runs one step and answers with its result. With an idempotency key it is as durable as Submit."""
     ExecuteStream: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ExecuteStreamRequest, _gateway_pb2.ExecuteStreamResponse]
     """ExecuteStream runs one step and streams its tokens and progress, then its result as the last event."""
+    Session: _grpc.StreamStreamMultiCallable[_gateway_pb2.SessionRequest, _gateway_pb2.SessionResponse]
+    """Session carries many steps on one stream. The gateway says with credits how many it may send; every step that it sends is answered
+    exactly once, with a result or a failure, in the order in which they end. The deadline of the call does not bound its steps, each has
+    its own. A client that ends its requests still gets all answers, and then the status OK. When the call is cancelled or breaks, steps
+    without an idempotency key are cancelled. A gateway that drains gives no more credits, answers what is in flight, and ends the
+    session with UNAVAILABLE.
+    """
     Submit: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]
     """Submit stores a step and answers once it is durable. The same idempotency key for the same target is the same job, also after
     restarts; when it is used again for other content the answer is ALREADY_EXISTS.
@@ -71,6 +78,13 @@ class GatewayAsyncStub(GatewayStub):
     """Execute runs one step and answers with its result. With an idempotency key it is as durable as Submit."""
     ExecuteStream: _aio.UnaryStreamMultiCallable[_gateway_pb2.ExecuteStreamRequest, _gateway_pb2.ExecuteStreamResponse]  # type: ignore[assignment]
     """ExecuteStream runs one step and streams its tokens and progress, then its result as the last event."""
+    Session: _aio.StreamStreamMultiCallable[_gateway_pb2.SessionRequest, _gateway_pb2.SessionResponse]  # type: ignore[assignment]
+    """Session carries many steps on one stream. The gateway says with credits how many it may send; every step that it sends is answered
+    exactly once, with a result or a failure, in the order in which they end. The deadline of the call does not bound its steps, each has
+    its own. A client that ends its requests still gets all answers, and then the status OK. When the call is cancelled or breaks, steps
+    without an idempotency key are cancelled. A gateway that drains gives no more credits, answers what is in flight, and ends the
+    session with UNAVAILABLE.
+    """
     Submit: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]  # type: ignore[assignment]
     """Submit stores a step and answers once it is durable. The same idempotency key for the same target is the same job, also after
     restarts; when it is used again for other content the answer is ALREADY_EXISTS.
@@ -108,6 +122,19 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ExecuteStreamResponse], _abc.AsyncIterator[_gateway_pb2.ExecuteStreamResponse]]:
         """ExecuteStream runs one step and streams its tokens and progress, then its result as the last event."""
+
+    @_abc_1.abstractmethod
+    def Session(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gateway_pb2.SessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.SessionResponse], _abc.AsyncIterator[_gateway_pb2.SessionResponse]]:
+        """Session carries many steps on one stream. The gateway says with credits how many it may send; every step that it sends is answered
+        exactly once, with a result or a failure, in the order in which they end. The deadline of the call does not bound its steps, each has
+        its own. A client that ends its requests still gets all answers, and then the status OK. When the call is cancelled or breaks, steps
+        without an idempotency key are cancelled. A gateway that drains gives no more credits, answers what is in flight, and ends the
+        session with UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def Submit(
