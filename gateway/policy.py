@@ -125,7 +125,7 @@ class Ending(StrEnum):
 class Sample:
     """A finished step, for limits and estimators. Times in seconds; inflight as it was when the step got its permit, itself included.
 
-    cost is what the step really cost: its estimate times its service time over the average of its target, once that is known.
+    cost is what the step really cost: its service time over the average one of a cost unit at its target, once that is known.
     """
 
     scope: str

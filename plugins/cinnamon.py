@@ -10,14 +10,17 @@ priorities turns that share into a threshold:
 
 Divided by the arrivals, the loop's gain does not depend on the load. Slower targets get longer ticks: at least 30 arrivals, 10 s at most.
 
+Shedding begins when the gate's queue has had to refuse a step; a queue that comes and goes is no overload.
+
 Between the ticks the queue decides, without the steps under way that are less important, since the gate lets those wait. While a slot is
 free, or the queue is shorter than an eighth of the slots, everything is admitted: nothing is shed while there is capacity. From there on
 the threshold counts, and its share falls, to a half when the queue is half as long as the slots are many, so that what is admitted is not
 refused by the full queue behind.
 
 All steps of a run have the same cohort, which is kept for the life of a run once it was admitted; others get a new one every few minutes.
-Admitted runs have the front half of the cohorts of their tier: a run that was begun is to be finished. Steps without a run are on their
-own.
+Admitted runs have the front half of the cohorts of their tier: a run that was begun is to be finished. So have steps of modest tenants,
+which ask for no more than an equal share of what the tier gets done: they are not refused for what others send. Other steps without a run
+are on their own.
 
 State for each target: 1000 priorities, the admitted runs (the least recently used one is dropped beyond `max_runs`), six counters of
 steps under way, the controller. Which runs were admitted is known to this gateway only.
@@ -27,11 +30,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway import ADMIT, Admit, Decision, Flow, PolicyType, Reject, Sample, ScopeView, Slot, hookimpl
+from gateway import ADMIT, TIERS, Admit, Decision, Flow, PolicyType, Reject, Sample, ScopeView, Slot, hookimpl
 from gateway.core.precedence import Precedence
 from gateway.core.priorities import COHORTS, PRIORITIES, RecentPriorities, cohort
+from gateway.core.shares import Shares
 from gateway.core.shedding import ShedRatio, flow_error
-from gateway.types import TIERS
 
 _LEAST_ARRIVALS, _LONGEST_TICK_S = 30, 10.0
 _LEVELS = 16  # of the queue's length, each with its threshold
@@ -72,8 +75,10 @@ class Cinnamon:
         self._runs: OrderedDict[tuple[str, str], _Run] = OrderedDict()
         self._under_way = [0] * TIERS
         self._precedence = Precedence()
+        self._shares = Shares()
         self._ticked_s = float("-inf")
         self._arrived = self._passed = self._ended = 0
+        self._refused = False  # by the gate, in this tick
 
     @property
     def ratio(self) -> float:
@@ -89,22 +94,25 @@ class Cinnamon:
         if now_s - self._ticked_s >= self._config.tick_s:
             self._tick(view, now_s)
         run = self._runs.get((flow.tenant, flow.run)) if flow.run else None
-        priority = self._priority(flow, run, now_s, random)
+        self._shares.came(flow.tenant, flow.tier, flow.cost, now_s)
+        favoured = (run is not None and run.begun) or self._shares.is_modest(flow.tenant, flow.tier)
+        priority = self._priority(flow, run, favoured, now_s, random)
         self._recent.add(priority)
         self._arrived += 1
         self._passed += priority < self._threshold
-        tier, begun = flow.tier, run is not None and run.begun
+        tier = flow.tier
         queue = view.inflight + view.waiting - sum(self._under_way[tier + 1 :]) - view.limit
-        if queue >= 0 and priority >= self._thresholds[_level(queue, view.limit)] and not self._precedence.outranks(tier, begun):
+        if queue >= 0 and priority >= self._thresholds[_level(queue, view.limit)] and not self._precedence.outranks(tier, favoured):
             message = f"{view.scope} has more steps than it can execute, and this one is among the less important"
             return Reject("SHED", message, view.scope, drain_hint=True)
         self._under_way[tier] += 1
         if flow.run:
             self._remember(flow, run, priority)
-        return _FAVOURED if begun else ADMIT
+        return _FAVOURED if favoured else ADMIT
 
     def release(self, flow: Flow, state: object, now_s: float) -> None:
         """The gate had no room for it: a run whose first step this was has not begun."""
+        self._refused = True
         self._left(flow.tier)
         run = self._runs.get((flow.tenant, flow.run))
         if run is not None and not run.begun:
@@ -117,6 +125,7 @@ class Cinnamon:
             return
         self._ended += 1
         self._precedence.served(flow.tier, flow.favoured)
+        self._shares.served(flow.tier, sample.cost)
         run = self._runs.get((flow.tenant, flow.run))
         if run is not None:
             run.begun = True
@@ -124,18 +133,18 @@ class Cinnamon:
     def _left(self, tier: int) -> None:
         self._under_way[tier] = max(0, self._under_way[tier] - 1)  # it may have come while the kernel went without this policy
 
-    def _priority(self, flow: Flow, run: _Run | None, now_s: float, random: float) -> int:
+    def _priority(self, flow: Flow, run: _Run | None, favoured: bool, now_s: float, random: float) -> int:
         if run is not None:
             return flow.tier * COHORTS + run.cohort // 2
         own = cohort(flow.tenant, flow.run, now_s) if flow.run else int(random * COHORTS)
-        return flow.tier * COHORTS + (COHORTS + own) // 2
+        return flow.tier * COHORTS + (own if favoured else COHORTS + own) // 2
 
     def _remember(self, flow: Flow, run: _Run | None, priority: int) -> None:
         key = flow.tenant, flow.run
         if run is not None:
             self._runs.move_to_end(key)
             return
-        self._runs[key] = _Run(2 * (priority % COHORTS) - COHORTS)
+        self._runs[key] = _Run(2 * (priority % COHORTS) % COHORTS)
         if len(self._runs) > self._config.max_runs:
             self._runs.popitem(last=False)
 
@@ -147,10 +156,13 @@ class Cinnamon:
             self._under_way = [0] * TIERS
         free = view.limit * (1 + _SHORT) - view.inflight - view.waiting
         error = flow_error(self._passed, self._ended, free, self._arrived)
+        if not self._refused and self._ratio.value == 0.0:
+            error = min(error, 0.0)  # a burst, or callers that wait for each other: the queue takes it
         passes = 1.0 - self._ratio.update(error, config.tick_s, config.kp, config.ki)
         self._threshold = self._recent.thresholds([passes])[0]
         self._thresholds = self._recent.thresholds([passes * (_MOST - (_MOST - _LEAST) * level / _LEVELS) for level in range(_LEVELS + 1)])
         self._arrived = self._passed = self._ended = 0
+        self._refused = False
         self._ticked_s = now_s
 
 

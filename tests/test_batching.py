@@ -331,7 +331,7 @@ async def test_what_a_policy_that_fails_has_learnt_is_not_told() -> None:
 def test_a_worker_asks_the_policies_that_the_configuration_names() -> None:
     sections = {"targets": [{"kind": "infer", "name": "plan", "slots": 7}]}
     config = parse({"policies": [{"use": "passthrough"}, {"use": "marginal", "models": ["embed"]}]} | sections)
-    batching = serve._build_batching(config, loader.find_plugins(config))
+    batching = serve._build_batching(config, loader.build_policies(config, loader.find_plugins(config)))
     assert batching is not None
     found = {}
     for name in ("plan", "embed", "else"):
@@ -339,7 +339,7 @@ def test_a_worker_asks_the_policies_that_the_configuration_names() -> None:
         found[name] = (batcher.named.name, batcher.slots) if batcher is not None else None
     assert found == {"plan": ("passthrough", 7), "embed": ("marginal", 64), "else": None}
     config = parse({"policies": [{"use": "fixed_limit"}]} | sections)
-    assert serve._build_batching(config, loader.find_plugins(config)) is None
+    assert serve._build_batching(config, loader.build_policies(config, loader.find_plugins(config))) is None
 
 
 WAITS = st.sampled_from([0.0, 1e-6, 0.01, 0.5, 3.0, math.inf, math.nan, -1.0, None])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gateway.core.containment import Containment
 from gateway.core.keyed_heap import KeyedHeap
 from gateway.core.permit import Permit
+from gateway.core.shares import Shares
 from gateway.core.tier_queue import TierQueue
 from gateway.policy import FairnessPolicy, Named, OnError, Slot
 from gateway.types import Flow, Kind, Lane
@@ -320,6 +321,37 @@ def test_las_reconfigured_promotes_by_the_new_beta() -> None:
         policy.activate(("t", run), of("t", run), 0.0 if run == "old" else 5.0)
     policy.reconfigure(LasConfig(beta_s=3.0))
     assert policy.pick(6.0) == ("t", "old")
+
+
+# ---- shares --------------------------------------------------------------------------------------------------------------------
+
+
+def window_of(shares: Shares, cost: dict[str, float], served: float, from_s: float) -> None:
+    for tenant, came in cost.items():
+        shares.came(tenant, 3, came, from_s)
+    shares.served(3, served)
+
+
+def test_modest_is_who_asks_for_no_more_than_an_equal_share_of_what_was_served() -> None:
+    shares = Shares(window_s=1.0)
+    window_of(shares, {"elephant": 50.0, "mouse": 3.0, "late": 4.0}, 12.0, 0.0)  # an equal share is 4
+    assert not shares.is_modest("mouse", 3), "nothing is known before a window is whole"
+    for tenant in ("elephant", "mouse", "late", "new"):
+        shares.came(tenant, 3, 1.0, 1.0)
+    assert [name for name in ("elephant", "mouse", "late", "new") if shares.is_modest(name, 3)] == ["mouse", "late", "new"]
+    shares.came("new", 3, 3.5, 1.5)
+    assert not shares.is_modest("new", 3), "it has come with more by now"
+    shares.came("mouse", 1, 1.0, 1.5)
+    assert not shares.is_modest("mouse", 1), "tiers have shares of their own, and this one got nothing"
+
+
+def test_shares_of_a_window_in_which_little_came_are_not_larger() -> None:
+    shares = Shares(window_s=1.0)
+    window_of(shares, {"a": 10.0, "b": 10.0}, 20.0, 0.0)
+    shares.came("a", 3, 1.0, 10.0)  # 10 of 10 in ten seconds is 1 in one
+    assert shares.is_modest("a", 3)
+    shares.came("a", 3, 0.1, 10.1)
+    assert not shares.is_modest("a", 3)
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_while_nothing_is_known_the_hard_bounds_hold() -> None:
 
 
 def test_the_queue_may_last_a_share_of_an_idle_round_trip() -> None:
-    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5))
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5, burst_wait_s=0))
     assert longest_queue(policy, KNOWN) == 4, "8 in flight in 0.1 s: the wait is 0.0125 s for each, and 0.05 s are allowed"
     assert longest_queue(policy, replace(KNOWN, inflight=80, limit=80)) == 40, (
         "the slots are not told, the number follows what is in flight"
@@ -39,7 +39,7 @@ def test_the_queue_may_last_a_share_of_an_idle_round_trip() -> None:
     ("round_trip_s", "service_s"), [(0.14, 0.1), (0.14, 0.14)], ids=["at the worker, measured", "inside the model server, hidden"]
 )
 def test_a_queue_behind_the_gate_is_taken_off(round_trip_s: float, service_s: float) -> None:
-    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.75))
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.75, burst_wait_s=0))
     assert longest_queue(policy, KNOWN) == 6
     queued = replace(KNOWN, round_trip_s=round_trip_s, service_s=service_s)
     assert longest_queue(policy, queued) == 2, "0.075 s less 0.04 s, at 0.14 / 8 s each"
@@ -55,7 +55,7 @@ def test_there_is_always_a_place_and_a_hard_end() -> None:
 
 def test_a_quick_target_has_a_least_wait() -> None:
     quick = replace(KNOWN, round_trip_s=0.001, service_s=0.001)
-    policy = BoundedWait(BoundedWaitConfig(least_wait_s=0.01))
+    policy = BoundedWait(BoundedWaitConfig(least_wait_s=0.01, burst_wait_s=0))
     assert longest_queue(policy, quick) == 80, "10 ms of 8 in flight for 1 ms each"
 
 
@@ -66,7 +66,7 @@ def test_a_quick_target_has_a_least_wait() -> None:
     )
 )
 def test_hard_bounds_hold_whatever_is_measured(script: list[tuple[int, int, float, float]]) -> None:
-    config = BoundedWaitConfig(max_waiting=100, max_wait_s=2.0)
+    config = BoundedWaitConfig(max_waiting=100, max_wait_s=2.0, burst_wait_s=0)
     policy, now_s = BoundedWait(config), 0.0
     for waiting, inflight, round_trip_s, share in script:
         now_s += 0.05
@@ -107,7 +107,7 @@ def test_an_empty_queue_ends_the_overload() -> None:
 
 
 def test_a_step_that_waited_in_a_standing_queue_is_refused_at_its_turn() -> None:
-    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.6))
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.6, burst_wait_s=0))
     started = [policy.may_start(FLOW, 0.2, replace(KNOWN, waiting=5), 1.0 + index * 0.03) for index in range(12)]
     assert started[:4] == [True] * 4, "no judgement before an interval is over"
     assert started.count(False) >= 4
@@ -127,9 +127,9 @@ def test_the_hint_is_the_time_the_queue_takes_to_drain() -> None:
 
 
 def test_new_parameters_hold_and_what_was_learnt_stays() -> None:
-    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5))
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5, burst_wait_s=0))
     assert longest_queue(policy, KNOWN) == 4
-    policy.reconfigure(BoundedWaitConfig(wait_ratio=1.0))
+    policy.reconfigure(BoundedWaitConfig(wait_ratio=1.0, burst_wait_s=0))
     assert longest_queue(policy, KNOWN) == 8
     assert longest_queue(policy, replace(KNOWN, round_trip_s=0.15, service_s=0.15)) == 2, "the idle round trip is still known"
 
@@ -140,3 +140,22 @@ def test_new_parameters_hold_and_what_was_learnt_stays() -> None:
 def test_wrong_parameters_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         BoundedWaitConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_burst_may_wait_longer_until_that_was_not_enough() -> None:
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5, burst_wait_s=0.4, calm_s=2.0))
+    # 8 in flight, 100 ms each: 80 a second; the allowance is 50 ms, with the burst 450 ms, which 36 steps take.
+    views = [replace(KNOWN, waiting=waiting) for waiting in range(60)]
+    assert [policy.may_wait(FLOW, view, 10.0) is None for view in views].index(True) == 36
+    assert policy.may_wait(FLOW, views[10], 10.5) is None, "refused lately: the allowance alone counts"
+    assert policy.may_wait(FLOW, views[3], 12.4) is not None
+    assert policy.may_wait(FLOW, views[10], 12.4) is None
+    assert policy.may_wait(FLOW, views[10], 14.5) is not None, "calm again"
+
+
+def test_a_closed_loop_that_is_served_within_a_burst_is_never_refused() -> None:
+    policy = BoundedWait(BoundedWaitConfig(burst_wait_s=0.5))
+    view = replace(KNOWN, waiting=20)  # 28 callers, each comes again when it was answered
+    for turn in range(200):
+        assert policy.may_wait(FLOW, view, turn / 80) is not None
+        assert policy.may_start(FLOW, 0.25, view, turn / 80)

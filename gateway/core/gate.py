@@ -29,6 +29,7 @@ class Gate:
         self.inflight = 0
         self.waiting = 0
         self.drain, self.round_trip, self.service = Rate(), Average(), Average()
+        self.unit = Average()  # service time of a cost unit, as steps were estimated
         self._contain = contain
         self._random = random
         self._limits = policies.all(Slot.LIMIT)
@@ -78,6 +79,7 @@ class Gate:
             self.drain.add(now_s)
             self.round_trip.add(sample.round_trip_s)
             self.service.add(sample.service_s)
+            self.unit.add(sample.service_s / permit.flow.cost)
         for named in self._limits:
             self._contain.call(named, "on_sample", None, None, sample, now_s, self._random())
         if sample.cost != permit.flow.cost:

@@ -67,8 +67,8 @@ class Permits:
         """A granted step has ended; the policies learn from it. sample.inflight, cost and waited_s are filled in here."""
         chain, gate = self._of(permit.flow.scope)
         cost = permit.flow.cost
-        if sample.ending is Ending.SUCCEEDED and sample.service_s > 0.0 and gate.service.value > 0.0:
-            cost *= sample.service_s / gate.service.value
+        if sample.ending is Ending.SUCCEEDED and sample.service_s > 0.0 and gate.unit.value > 0.0:
+            cost = sample.service_s / gate.unit.value
         sample = Sample(  # several times faster than replace(), once for each step
             sample.scope,
             sample.ending,

@@ -3,7 +3,8 @@
 from gateway.types import TIERS
 
 _RANKS = 2 * TIERS
-_WEIGHT = 0.003  # of one step in the shares
+_BATCH = 32  # steps, for which the shares are updated at once
+_WEIGHT = 0.1  # of a batch in the shares
 _ENOUGH = 0.01  # of the capacity
 
 
@@ -19,11 +20,22 @@ class Precedence:
 
     def __init__(self) -> None:
         self._lower = [0.0] * _RANKS
+        self._served = [0] * _RANKS  # of the batch
+        self._steps = 0
 
     def served(self, tier: int, favoured: bool) -> None:
-        own, lower = _rank(tier, favoured), self._lower
-        for rank in range(_RANKS):
-            lower[rank] += ((own > rank) - lower[rank]) * _WEIGHT
+        self._served[_rank(tier, favoured)] += 1
+        self._steps += 1
+        if self._steps == _BATCH:
+            self._fold()
+
+    def _fold(self) -> None:
+        below = _BATCH
+        for rank, served in enumerate(self._served):
+            below -= served
+            self._lower[rank] += (below / _BATCH - self._lower[rank]) * _WEIGHT
+        self._served = [0] * _RANKS
+        self._steps = 0
 
     def outranks(self, tier: int, favoured: bool) -> bool:
         """Does the target have time for steps that rank lower?"""

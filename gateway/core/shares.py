@@ -12,8 +12,9 @@ _MOST_TENANTS = 10_000  # in a window, all tiers together; beyond that nobody ne
 class Shares:
     """Cost that came and cost that was served, by tenant and tier, in the present window and in the last whole one.
 
-    A tenant is modest in a tier while what came from it, in either window, is no more than what the tier got served in the last one, divided
-    by the tenants that it came from. By the theorem of max-min fairness it would get all of it. Nobody is modest before a window is whole.
+    A tenant is modest in a tier while what came from it, in either window, is no more than what the tier got served in the last one,
+    divided by the tenants that sent something for it. Under max-min fairness it gets all that it asks for. Nobody is modest before a
+    window is whole.
     """
 
     def __init__(self, window_s: float = _WINDOW_S) -> None:
@@ -41,11 +42,13 @@ class Shares:
         return now is not None and max(now, self._came_before.get((tier, tenant), 0.0)) <= self._shares[tier]
 
     def _turn(self, now_s: float) -> None:
+        assert self._began_s is not None
+        scale = self._window_s / (now_s - self._began_s)  # it may have been longer, when nothing came
         tenants = [0] * TIERS
         for tier, _ in self._came:
             tenants[tier] += 1
-        self._shares = [served / count if count else 0.0 for served, count in zip(self._served, tenants, strict=True)]
-        self._came_before = dict(self._came)
+        self._shares = [scale * served / count if count else 0.0 for served, count in zip(self._served, tenants, strict=True)]
+        self._came_before = {key: scale * cost for key, cost in self._came.items()}
         self._came.clear()
         self._served = [0.0] * TIERS
         self._began_s = now_s

@@ -114,6 +114,7 @@ def start_triton(site: Site) -> Endpoint:
 # with bounds that no machine reaches.
 NEVER_REACHED: dict[str, dict[str, Any]] = {
     "token_bucket": {"rate_per_s": RATE_PER_S, "burst": RATE_PER_S},
+    "vegas": {"initial": 20_000, "min_limit": 20_000, "max_limit": 20_000},
 }
 
 
