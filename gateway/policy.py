@@ -154,6 +154,7 @@ class ScopeView:
     drain_per_s: float  # completions a second
     round_trip_s: float = 0.0  # of recent successful steps, from dispatch to result: exponential average
     service_s: float = 0.0  # of it, executing
+    calm_s: float = float("inf")  # since a step was last refused here for its load, whoever refused it
 
 
 # ---- slots ---------------------------------------------------------------------------------------------------------------------

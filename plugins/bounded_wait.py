@@ -11,8 +11,9 @@ base is the lowest service time of late: it falls within a few service times and
 already, at the worker or inside the model server, is thus taken off. One step may always wait. Until a service time is known only the hard
 bounds hold.
 
-A queue that comes and goes is a good one: while nothing was refused for `calm_s` the allowance is `burst_wait_s` more. So a burst, or
-callers that wait for each other's turn, are served in a moment instead of being sent away, and only a queue that outgrows it is overload.
+A queue that comes and goes is a good one: while nothing was refused for its load for `calm_s`, by whatever policy, the allowance is
+`burst_wait_s` more. So a burst, or callers that wait for each other's turn, are served in a moment instead of being sent away, and only a
+queue that outgrows it is overload.
 
 CoDel (Nichols and Jacobson, ACM Queue 2012) in the variant of facebook/folly, `folly/executors/Codel.cpp`, is the guard for what the
 expectation misses, such as a capacity that has just fallen: the target is half of the allowance; when the shortest wait of an interval of
@@ -22,7 +23,7 @@ Steps that rank higher than others which are served anyway, by their tier or as 
 service times, and CoDel does not refuse them (`gateway/core/precedence.py` says why).
 
 The hint is the time in which the measured drain rate empties what waits, capped, plus up to half of it at random; unknown while no rate
-is known. State: the base, the time of the last refusal, CoDel's four numbers, twelve shares.
+is known. State: the base, CoDel's four numbers, twelve shares.
 """
 
 import math
@@ -71,7 +72,6 @@ class BoundedWait:
         self._precedence = Precedence()
         self._base_s = 0.0  # 0 while unknown
         self._looked_s = 0.0
-        self._refused_s = float("-inf")  # when a step was refused last
 
     def reconfigure(self, config: BoundedWaitConfig) -> None:
         self._config = config
@@ -79,7 +79,6 @@ class BoundedWait:
     def may_wait(self, flow: Flow, view: ScopeView, now_s: float) -> float | None:
         config = self._config
         if view.waiting >= config.max_waiting:
-            self._refused_s = now_s
             return None
         allowance_s = self._allowance_s(view, now_s)
         if self._precedence.outranks(flow.tier, flow.favoured):
@@ -87,14 +86,12 @@ class BoundedWait:
         if view.waiting == 0:
             self._codel.is_empty(now_s, config.interval_s)
         elif (view.waiting + 1) * view.round_trip_s > allowance_s * view.inflight:
-            self._refused_s = now_s
             return None
         return min(config.max_wait_s, _LATE * allowance_s)
 
     def may_start(self, flow: Flow, waited_s: float, view: ScopeView, now_s: float) -> bool:
         late = self._codel.refuses(waited_s, self._allowance_s(view, now_s) / 2, now_s, self._config.interval_s)
         if late and not self._precedence.outranks(flow.tier, flow.favoured):
-            self._refused_s = now_s
             return False
         self._precedence.served(flow.tier, flow.favoured)
         return True
@@ -119,7 +116,7 @@ class BoundedWait:
         base_s = self._base_s
         allowance_s = config.wait_ratio * base_s - (view.round_trip_s - base_s)
         allowance_s = max(allowance_s, _LEAST_SHARE * base_s, config.least_wait_s)
-        if now_s - self._refused_s > max(config.calm_s, _CALM * base_s):
+        if view.calm_s > max(config.calm_s, _CALM * base_s):
             allowance_s += config.burst_wait_s
         return min(config.max_wait_s, allowance_s)
 

@@ -147,10 +147,10 @@ def test_a_burst_may_wait_longer_until_that_was_not_enough() -> None:
     # 8 in flight, 100 ms each: 80 a second; the allowance is 50 ms, with the burst 450 ms, which 36 steps take.
     views = [replace(KNOWN, waiting=waiting) for waiting in range(60)]
     assert [policy.may_wait(FLOW, view, 10.0) is None for view in views].index(True) == 36
-    assert policy.may_wait(FLOW, views[10], 10.5) is None, "refused lately: the allowance alone counts"
-    assert policy.may_wait(FLOW, views[3], 12.4) is not None
-    assert policy.may_wait(FLOW, views[10], 12.4) is None
-    assert policy.may_wait(FLOW, views[10], 14.5) is not None, "calm again"
+    lately = [replace(view, calm_s=1.9) for view in views]
+    assert policy.may_wait(FLOW, lately[10], 10.5) is None, "refused lately: the allowance alone counts"
+    assert policy.may_wait(FLOW, lately[3], 10.5) is not None
+    assert policy.may_wait(FLOW, replace(views[10], calm_s=2.1), 14.5) is not None, "calm again"
 
 
 def test_a_closed_loop_that_is_served_within_a_burst_is_never_refused() -> None:

@@ -29,6 +29,7 @@ class Gate:
         self.inflight = 0
         self.waiting = 0
         self.drain, self.round_trip, self.service = Rate(), Average(), Average()
+        self.refused_s = float("-inf")  # when a step was refused for this scope's load last
         self.unit = Average()  # service time of a cost unit, as steps were estimated
         self._contain = contain
         self._random = random
@@ -58,6 +59,7 @@ class Gate:
             self.drain.per_s(now_s),
             self.round_trip.value,
             self.service.value,
+            now_s - self.refused_s,
         )
 
     # ---- in and out ------------------------------------------------------------------------------------------------------------

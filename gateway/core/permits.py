@@ -93,6 +93,7 @@ class Permits:
         entered = chain.enter(flow, gate.view(now_s), now_s)
         if isinstance(entered, Refusal):
             if entered.reject.drain_hint:
+                gate.refused_s = now_s
                 entered = replace(entered, reject=replace(entered.reject, retry_after_s=gate.retry_after_s(flow, now_s)))
             self._tell(flow, entered, now_s)
         return entered
@@ -131,9 +132,11 @@ class Permits:
 
     def _refuse(self, permit: Permit, refusal: Refusal, now_s: float, *, tell: bool = True) -> None:
         permit.refusal = refusal
-        self._of(permit.flow.scope)[0].release(permit.reserved, permit.flow, now_s)
+        chain, gate = self._of(permit.flow.scope)
+        chain.release(permit.reserved, permit.flow, now_s)
         permit.reserved = Reservations()
         if tell:
+            gate.refused_s = now_s
             self._tell(permit.flow, refusal, now_s)
 
     def _tell(self, flow: Flow, refusal: Refusal, now_s: float) -> None:
