@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check bench bench-overload lab soak proto lock clean
+.PHONY: help demo test chaos check bench bench-overload bench-batching lab soak proto lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Nearloop needs Python 3.11 or 3.12 (Triton on the CPU needs numpy 1): install one, or say make PYTHON=/path/to/python3.12"; exit 1; }
@@ -40,8 +40,11 @@ check: $(READY) ## ruff, mypy --strict, generated code fresh
 bench: $(READY) ## the path beside a hand-written floor; ARGS='--quick'
 	@$(BIN)/python -m tests.bench $(ARGS)
 
-bench-overload: $(READY) ## admission under .5 to 10 times the capacity, fairness, tiers, batching; ARGS='--quick'
+bench-overload: $(READY) ## the defaults under .5 to 10 times the capacity, elephant and mice, tiers; ARGS='--quick'
 	@$(BIN)/python -m tests.bench.overload $(ARGS)
+
+bench-batching: $(READY) ## batches made by the worker beside Triton's batcher with the best delay for each load; ARGS='--quick'
+	@$(BIN)/python -m tests.bench.batching $(ARGS)
 
 lab: $(READY) ## every policy against its oracle, simulated; ARGS="A1 --policy my_module:MyPolicy"
 	@$(BIN)/python -m tests.lab $(ARGS)

@@ -12,8 +12,8 @@ already, at the worker or inside the model server, is thus taken off. One step m
 bounds hold.
 
 A queue that comes and goes is a good one: while nothing was refused for its load for `calm_s`, by whatever policy, the allowance is
-`burst_wait_s` more. So a burst, or callers that wait for each other's turn, are served in a moment instead of being sent away, and only a
-queue that outgrows it is overload.
+`burst_wait_s` more, and `burst` steps wait whatever is expected, for that is wrong where the steps of a target differ much. So a burst, or
+callers that wait for each other's turn, are served in a moment instead of being sent away, and only a queue that outgrows it is overload.
 
 CoDel (Nichols and Jacobson, ACM Queue 2012) in the variant of facebook/folly, `folly/executors/Codel.cpp`, is the guard for what the
 expectation misses, such as a capacity that has just fallen: the target is half of the allowance; when the shortest wait of an interval of
@@ -45,7 +45,8 @@ _LATE = 2.0  # allowances after which a step is not waited for any longer, whate
 class BoundedWaitConfig:
     """max_waiting: steps for each scope and gateway; 0 refuses at once. wait_ratio: the allowance in idle service times;
     least_wait_s: never less than that, for targets that are quicker than the machine's hiccups. interval_s: CoDel's. burst_wait_s: more
-    than the allowance while nothing was refused for calm_s, or for five service times where these are longer; 0: never. patience:
+    than the allowance while nothing was refused for calm_s, or for five service times where these are longer; 0: never. burst: steps
+    that wait meanwhile without a look at the expected wait. patience:
     service times that a step may wait while lower ranks are served."""
 
     max_waiting: int = 1024
@@ -55,13 +56,18 @@ class BoundedWaitConfig:
     least_wait_s: float = 0.01
     interval_s: float = 0.1
     burst_wait_s: float = 0.5
+    burst: int = 64
     calm_s: float = 2.0
     patience: float = 6.0
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or self.max_wait_s <= 0 or self.max_hint_s <= 0:
             raise ValueError("max_waiting must not be negative, max_wait_s and max_hint_s must be positive")
-        if self.wait_ratio <= 0 or self.interval_s <= 0 or min(self.least_wait_s, self.burst_wait_s, self.calm_s, self.patience) < 0:
+        if (
+            self.wait_ratio <= 0
+            or self.interval_s <= 0
+            or min(self.least_wait_s, self.burst_wait_s, self.calm_s, self.burst, self.patience) < 0
+        ):
             raise ValueError("wait_ratio and interval_s must be positive, the other times and patience must not be negative")
 
 
@@ -85,7 +91,7 @@ class BoundedWait:
             allowance_s = max(allowance_s, config.patience * view.service_s)
         if view.waiting == 0:
             self._codel.is_empty(now_s, config.interval_s)
-        elif (view.waiting + 1) * view.round_trip_s > allowance_s * view.inflight:
+        elif (view.waiting + 1) * view.round_trip_s > allowance_s * view.inflight and not self._takes_burst(view):
             return None
         return min(config.max_wait_s, _LATE * allowance_s)
 
@@ -100,6 +106,12 @@ class BoundedWait:
         if view.drain_per_s <= 0:
             return None
         return min((view.waiting + 1) / view.drain_per_s, self._config.max_hint_s) * (1 + random / 2)
+
+    def _is_calm(self, view: ScopeView) -> bool:
+        return self._config.burst_wait_s > 0 and view.calm_s > max(self._config.calm_s, _CALM * self._base_s)
+
+    def _takes_burst(self, view: ScopeView) -> bool:
+        return view.waiting < self._config.burst and self._is_calm(view)
 
     def _allowance_s(self, view: ScopeView, now_s: float) -> float:
         """max_wait_s while no round trip is known."""
@@ -116,7 +128,7 @@ class BoundedWait:
         base_s = self._base_s
         allowance_s = config.wait_ratio * base_s - (view.round_trip_s - base_s)
         allowance_s = max(allowance_s, _LEAST_SHARE * base_s, config.least_wait_s)
-        if view.calm_s > max(config.calm_s, _CALM * base_s):
+        if self._is_calm(view):
             allowance_s += config.burst_wait_s
         return min(config.max_wait_s, allowance_s)
 

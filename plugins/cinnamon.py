@@ -160,7 +160,12 @@ class Cinnamon:
             error = min(error, 0.0)  # a burst, or callers that wait for each other: the queue takes it
         passes = 1.0 - self._ratio.update(error, config.tick_s, config.kp, config.ki)
         self._threshold = self._recent.thresholds([passes])[0]
-        self._thresholds = self._recent.thresholds([passes * (_MOST - (_MOST - _LEAST) * level / _LEVELS) for level in range(_LEVELS + 1)])
+        if passes == 1.0:
+            self._thresholds = [PRIORITIES] * (_LEVELS + 1)
+        else:
+            self._thresholds = self._recent.thresholds(
+                [passes * (_MOST - (_MOST - _LEAST) * level / _LEVELS) for level in range(_LEVELS + 1)]
+            )
         self._arrived = self._passed = self._ended = 0
         self._refused = False
         self._ticked_s = now_s

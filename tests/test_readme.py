@@ -41,6 +41,12 @@ async def test_the_first_client_and_the_commands_work(tmp_path: Path) -> None:
         assert code == 0, output
         assert "{'hello': 'world'}" in output
         assert "result" in output.lower()
+        session = block("python", "client.session()")
+        lines = [f"        {line}" for line in session.splitlines()]
+        whole = sample[: sample.index("        result =")] + "\n".join(lines) + "\n        print(len(results))\n\n\nasyncio.run(main())\n"
+        (tmp_path / "session.py").write_text(whole)
+        code, output = await run(sys.executable, "-P", str(tmp_path / "session.py"), address=stack.gateway_address)
+        assert (code, output) == (0, "100\n")
         commands = [shlex.split(line) for line in block("bash", "nearloop targets").splitlines() if line.startswith("nearloop ")]
         assert [command[1] for command in commands] == ["execute", "submit", "targets", "doctor"]
         for command in commands:
@@ -50,5 +56,5 @@ async def test_the_first_client_and_the_commands_work(tmp_path: Path) -> None:
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make ([a-z]+)", README, re.M):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M):
         assert re.search(rf"^{target}:.*##", makefile, re.M), f"make {target} is not documented in the Makefile"

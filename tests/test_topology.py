@@ -19,7 +19,7 @@ from gateway.errors import TopologyMismatch
 from gateway.types import LANES, Kind, Lane, Target
 
 TARGET = Target(Kind.TOOL, "echo")
-KEPT = ("KV_nl-handbacks", "KV_nl-targets", "KV_nl-workers", "NL_DEAD", "NL_RESULTS")  # in every region the same
+KEPT = ("KV_nl-handbacks", "KV_nl-policy", "KV_nl-targets", "KV_nl-workers", "NL_DEAD", "NL_RESULTS")  # in every region the same
 
 
 def _config(**nats: Any) -> Config:

@@ -143,7 +143,7 @@ def test_wrong_parameters_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_a_burst_may_wait_longer_until_that_was_not_enough() -> None:
-    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5, burst_wait_s=0.4, calm_s=2.0))
+    policy = BoundedWait(BoundedWaitConfig(wait_ratio=0.5, burst_wait_s=0.4, burst=20, calm_s=2.0))
     # 8 in flight, 100 ms each: 80 a second; the allowance is 50 ms, with the burst 450 ms, which 36 steps take.
     views = [replace(KNOWN, waiting=waiting) for waiting in range(60)]
     assert [policy.may_wait(FLOW, view, 10.0) is None for view in views].index(True) == 36

@@ -104,9 +104,9 @@ class Gate:
         self._left()
         return True
 
-    def retry_after_s(self, flow: Flow, now_s: float) -> float | None:
+    def retry_after_s(self, flow: Flow, now_s: float, view: ScopeView | None = None) -> float | None:
         """The largest hint of the backpressure policies; None when none of them knows."""
-        view = self.view(now_s)
+        view = view or self.view(now_s)
         hints = [
             self._contain.call(named, "retry_after_s", a_time_or_none, None, flow, view, now_s, self._random())
             for named in self._backpressure

@@ -90,11 +90,14 @@ class Permits:
     def reserve(self, flow: Flow, now_s: float) -> Reservations | Refusal:
         """`settle` or `give_back` must follow what was reserved."""
         chain, gate = self._of(flow.scope)
-        entered = chain.enter(flow, gate.view(now_s), now_s)
+        view = gate.view(now_s)
+        entered = chain.enter(flow, view, now_s)
         if isinstance(entered, Refusal):
-            if entered.reject.drain_hint:
+            reject = entered.reject
+            if reject.drain_hint:
                 gate.refused_s = now_s
-                entered = replace(entered, reject=replace(entered.reject, retry_after_s=gate.retry_after_s(flow, now_s)))
+                hint_s = gate.retry_after_s(flow, now_s, view)
+                entered = Refusal(Reject(reject.reason, reject.message, reject.scope, hint_s, reject.denied), entered.policy)
             self._tell(flow, entered, now_s)
         return entered
 

@@ -223,7 +223,7 @@ async def _write(context: Context, data: bytes) -> None:
 def refuse(context: Context, error: Exception, method: str) -> bytes:
     """Ends a unary call with the error's status; to be returned as its answer.
 
-    `context.abort` costs the server about twice as much processor time, and refusals come when there is none to spare.
+    `context.abort` raises through gRPC and costs a little more, and refusals come when there is no time to spare.
     """
     if isinstance(error, grpc.aio.BaseError):
         raise error  # the connection is gone, or gRPC aborts already

@@ -1,6 +1,7 @@
 """Errors of `gateway.errors` <-> gRPC status with google.rpc details: ErrorInfo always, BadRequest and RetryInfo where they apply."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import grpc
 from google.protobuf import any_pb2
@@ -43,13 +44,7 @@ def to_status(error: errors.NearloopError) -> tuple[grpc.StatusCode, str, Traile
     """Code, message and trailing metadata, as `context.abort` takes them. A code that gRPC does not have becomes INTERNAL."""
     code = _CODES.get(error.code, grpc.StatusCode.INTERNAL)
     message = cut(error.message, MAX_MESSAGE_BYTES)
-    info = error_details_pb2.ErrorInfo(reason=cut(error.reason, MAX_FIELD_BYTES), domain=DOMAIN)
-    for key in ("scope", "policy"):
-        if text := getattr(error, key):
-            info.metadata[key] = cut(text, MAX_DESCRIPTION_BYTES)
-    if isinstance(error, errors.StepFailed):
-        info.metadata[SOURCE] = SOURCE_TARGET
-    details: list[Message] = [info]
+    details: list[Message] = []
     if isinstance(error, errors.InvalidStep):
         details.append(_bad_request(error.fields))
     if error.retry_after_s is not None:
@@ -57,7 +52,22 @@ def to_status(error: errors.NearloopError) -> tuple[grpc.StatusCode, str, Traile
         retry.retry_delay.FromNanoseconds(max(0, round(error.retry_after_s * 1e9)))
         details.append(retry)
     status = status_pb2.Status(code=code.value[0], message=message, details=[_pack(detail) for detail in details])
-    return code, message, ((DETAILS_KEY, status.SerializeToString()),)
+    # Serialised messages are merged by writing them one after the other: the part that is often the same is kept ready.
+    info = _info(error.reason, error.scope, error.policy, isinstance(error, errors.StepFailed))
+    return code, message, ((DETAILS_KEY, info + status.SerializeToString()),)
+
+
+@lru_cache(maxsize=1024)
+def _info(reason: str, scope: str, policy: str, from_target: bool) -> bytes:
+    """A serialised Status with nothing but the ErrorInfo."""
+    info = error_details_pb2.ErrorInfo(reason=cut(reason, MAX_FIELD_BYTES), domain=DOMAIN)
+    for key, text in (("scope", scope), ("policy", policy)):
+        if text:
+            info.metadata[key] = cut(text, MAX_DESCRIPTION_BYTES)
+    if from_target:
+        info.metadata[SOURCE] = SOURCE_TARGET
+    packed: bytes = status_pb2.Status(details=[_pack(info)]).SerializeToString()
+    return packed
 
 
 def from_status(code: grpc.StatusCode, message: str, trailers: Iterable[tuple[str, str | bytes]] | None) -> errors.NearloopError:

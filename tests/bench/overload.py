@@ -9,7 +9,6 @@ before, and latency counts from the intended time. In one run:
     tenants    an elephant that asks for four times the capacity beside ten mice, and the mice alone
     tiers      three times the capacity in six tiers, the top one .8 of it
     halving    twice the capacity while the service time doubles in mid-run, and goes back
-    batching   see tests/bench/batching.py
 
 Capacity is measured first: the same model, never without work, admission switched off. Goodput is what ended well in the measured time,
 as a share of that. Targets are printed beside what was seen; a missed one is said, and is no error.
@@ -264,11 +263,13 @@ def main() -> int:
     options = parse_arguments()
     available = sorted(os.sched_getaffinity(0))
     options.core = available[-1] if len(available) > 1 else -1
-    if options.core >= 0:
+    if options.core >= 0 and len(available) > 2:
         os.sched_setaffinity(0, set(available[:-1]))  # the stacks inherit it
     about = machine.describe()
     print(f"{about['cpu']}, {len(available)} cores ({about['memory']}), Python {about['python']}; the load generator has ", end="")
-    print(f"core {options.core} for itself" if options.core >= 0 else "no core for itself")
+    # With two cores, one would have to do for gateway, worker, nats-server and Triton: they may use what the generator leaves of its own.
+    shares = {1: "no core for itself", 2: f"core {options.core}, of which the stack takes what is left"}
+    print(shares.get(len(available), f"core {options.core} for itself"))
     with tempfile.TemporaryDirectory(prefix="nearloop-bench-") as folder:
         try:
             return asyncio.run(run(options, Path(folder)))

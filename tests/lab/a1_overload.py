@@ -10,7 +10,7 @@ the network. A reject is timed in real time, around the decision. The control ha
 
 import math
 from collections.abc import Callable
-from time import perf_counter
+from time import thread_time
 
 from gateway.core.permit import Permit
 from gateway.core.permits import Permits
@@ -27,17 +27,17 @@ CELLS = [(slots, kind, False) for slots in (8, 32) for kind in ("const", "exp", 
 
 
 class Timed:
-    """The gateway's permits, with the real time of each refusal."""
+    """The gateway's permits, with the processor time of each refusal."""
 
     def __init__(self, permits: Permits) -> None:
         self._permits = permits
         self.refusals_s: list[float] = []
 
     def enter(self, flow: Flow, now_s: float) -> Permit:
-        began_s = perf_counter()
+        began_s = thread_time()
         permit = self._permits.enter(flow, now_s)
         if permit.refusal:
-            self.refusals_s.append(perf_counter() - began_s)
+            self.refusals_s.append(thread_time() - began_s)
         return permit
 
     def __getattr__(self, name: str) -> Callable[..., object]:
@@ -74,7 +74,7 @@ def oracle(slots: int) -> Stack:
 
 
 def watch(stack: Stack | None, seed: int, slots: int, kind: str, hidden: bool, load: float, network_s: float) -> tuple[float, float, float]:
-    """Goodput as a share of the capacity, p99 of the admitted over that of an unloaded server, p99 of the rejects in real seconds."""
+    """Goodput as a share of the capacity, p99 of the admitted over that of an unloaded server, p99 of the rejects in processor seconds."""
     simulation = Simulation(seed)
     server = Server(simulation, slots, hidden_queue=hidden)
     timed = Timed(stack.permits(simulation.policy_random.random, lambda: simulation.now_s)) if stack else None
