@@ -13,12 +13,13 @@ from typing import Self
 from gateway.client_values import ClientResult, Input, event_from_proto, result_from_proto
 from gateway.edge.session_call import SessionCall
 from gateway.edge.session_values import failure_from_proto
-from gateway.errors import Expired, NearloopError, Unavailable
+from gateway.errors import Expired, InvalidStep, NearloopError, Unavailable
 from gateway.types import Kind, Lane, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
 
 GRACE_S = 0.5  # the gateway answers at the step's deadline; one that says nothing is not waited for much longer
 MakeStep = Callable[[Kind | str, str, Input, Lane | str, str, str], pb.Step]
+_LONGEST_S = 366 * 86_400.0  # of a step's time-out; the gateway takes less
 _Item = StepEvent | ClientResult | NearloopError
 
 
@@ -144,6 +145,8 @@ class ClientSession:
         """The tag and when the time of the step is over, by the loop's clock."""
         now_s = asyncio.get_running_loop().time
         deadline_s = now_s() + (self._timeout_s if timeout_s is None else timeout_s)
+        if not 0 < deadline_s - now_s() < _LONGEST_S:
+            raise InvalidStep([("timeout_s", f"must be positive and at most {_LONGEST_S:g}, not {timeout_s}")])
         await self._take_credit(deadline_s)
         if self._ended or self._closing:  # since the credit was given
             raise self._not_sent()

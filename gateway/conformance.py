@@ -26,7 +26,7 @@ from gateway.policy import Admit, PolicyType, ScopeView, Slot
 
 __all__ = ["RULES", "Cost", "Finding", "PolicyConformance", "check_policy", "check_rule", "measure"]
 
-IMPURE = {"time", "random", "secrets", "asyncio", "threading", "socket", "logging"}
+IMPURE = {"time", "random", "secrets", "asyncio", "threading", "socket", "logging", "datetime", "os", "uuid", "subprocess"}
 STEPS, SEEDS = 300, (1, 2, 3)
 
 

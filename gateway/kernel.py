@@ -189,8 +189,10 @@ class Kernel:
         passage.advance(_ENDING_EVENTS.get(type(error), Event.FAIL) if error else Event.SUCCEED)
         self.counts[passage.state.value] += 1
         self.service_ns += int((now_s - passage.arrived_s) * 1e9)
-        self._tracer.end(passage.span, error)
-        self._permits.release(passage, outcome.ending(error))
+        try:
+            self._tracer.end(passage.span, error)
+        finally:
+            self._permits.release(passage, outcome.ending(error))
 
     # ---- decisions -------------------------------------------------------------------------------------------------------------
 
@@ -237,8 +239,12 @@ class Kernel:
         """Jobs wait in the queue, not at the gate: only the admission chain is asked."""
         await self._need_transport()
         flow = self._classify(step)
-        reserved = self._permits.reserve(flow)
         step, span = self._tracer.start(step, flow)
+        try:
+            reserved = self._permits.reserve(flow)
+        except BaseException as error:
+            self._tracer.end(span, error)
+            raise
         try:
             job, created = await self._jobs.store(step)
         except BaseException as error:

@@ -43,9 +43,9 @@ class LivePolicies:
         config, problems = read_parameters(entry.type, own | live)
         if problems:
             return Verdict(False, "; ".join(problems))
-        if not hasattr(entry.type.build(config), "reconfigure"):
-            return Verdict(False, f"policy {entry.name} cannot be changed while it runs: it has no reconfigure()")
         try:
+            if not hasattr(entry.type.build(config), "reconfigure"):
+                return Verdict(False, f"policy {entry.name} cannot be changed while it runs: it has no reconfigure()")
             entry.reconfigure(config)
         except Exception as error:
             return Verdict(False, f"reconfigure() raised {type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -118,9 +119,13 @@ def brought(manager: pluggy.PluginManager) -> list[tuple[str, PolicyType]]:
 def _wrong_type(policy_type: Any) -> str:
     if not isinstance(policy_type, PolicyType):
         return f"nearloop_policy_types() brought {type(policy_type).__name__}, not a PolicyType"
-    if not subjects.is_id(policy_type.name):
+    if not isinstance(policy_type.name, str) or not subjects.is_id(policy_type.name):
         return f"the policy's name {policy_type.name!r} is not an id: {subjects.ID_RULE}"
-    if policy_type.slot not in set(Slot):
+    if not isinstance(policy_type.slot, Slot) and policy_type.slot in [slot.value for slot in Slot]:
+        return f"policy {policy_type.name!r}: its slot is the text {policy_type.slot!r}; say Slot.{str(policy_type.slot).upper()}"
+    if not isinstance(policy_type.on_error, OnError):
+        return f"policy {policy_type.name!r}: its on_error is {policy_type.on_error!r}; say OnError.ADMIT or OnError.REJECT"
+    if not isinstance(policy_type.slot, Slot):
         hint = nearest(str(policy_type.slot), [slot.value for slot in Slot])
         return f"policy {policy_type.name!r}: there is no slot {policy_type.slot!r}{hint}"
     if not isinstance(policy_type.config, type) or not dataclasses.is_dataclass(policy_type.config):
@@ -151,6 +156,7 @@ def read_parameters(policy_type: PolicyType, parameters: Mapping[str, Any]) -> t
         close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known) or 'no parameters'}"
         problems.append(f"unknown parameter {unknown!r}{hint}")
+    problems += [f"{name}: must be a finite number" for name, value in sorted(parameters.items()) if not _is_finite(value)]
     if problems:
         return None, problems
     try:
@@ -163,6 +169,15 @@ def nearest(word: str, known: Collection[str]) -> str:
     """A hint for a word that is not known."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(sorted(known))}" if known else ""
+
+
+def _is_finite(value: Any) -> bool:
+    """False for nan and infinity, also inside lists and tables: every comparison with nan is false, so no policy's own check sees it."""
+    if isinstance(value, Mapping):
+        return all(_is_finite(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(one) for one in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _where(item: Any) -> str:

@@ -172,7 +172,8 @@ class AdmissionPolicy(Protocol):
     def decide(self, flow: Flow, view: ScopeView, now_s: float, random: float) -> Decision: ...
 
     def release(self, flow: Flow, state: Any, now_s: float) -> None:
-        """A later policy rejected the step: give back what `decide` reserved."""
+        """The step was not executed: a later policy or the gate refused it, its time to wait was over, its caller left, or a job could
+        not be stored. Give back what `decide` reserved."""
         ...
 
     def ended(self, flow: Flow, state: Any, sample: Sample, now_s: float) -> None:

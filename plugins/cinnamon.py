@@ -18,9 +18,9 @@ the threshold counts, and its share falls, to a half when the queue is half as l
 refused by the full queue behind.
 
 All steps of a run have the same cohort, which is kept for the life of a run once it was admitted; others get a new one every few minutes.
-Admitted runs have the front half of the cohorts of their tier: a run that was begun is to be finished. So have steps of modest tenants,
-which ask for no more than an equal share of what the tier gets done: they are not refused for what others send. Other steps without a run
-are on their own.
+Admitted runs have the front half of the cohorts of their tier, for up to 64 steps: a run that was begun is to be finished. So have steps of
+modest tenants, which ask for no more than an equal share of what the tier gets done: they are not refused for what others send. Other steps
+without a run are on their own.
 
 State for each target: 1000 priorities, the admitted runs (the least recently used one is dropped beyond `max_runs`), six counters of
 steps under way, the controller. Which runs were admitted is known to this gateway only.
@@ -39,6 +39,7 @@ from gateway.core.shedding import ShedRatio, flow_error
 _LEAST_ARRIVALS, _LONGEST_TICK_S = 30, 10.0
 _LEVELS = 16  # of the queue's length, each with its threshold
 _SHORT, _LONG = 0.125, 0.5  # queue, in slots
+_MOST_FAVOURS = 64  # steps of one run: a tenant that gives one name to all it does gains no more
 _FAVOURED = Admit(favoured=True)
 _MOST, _LEAST = 1.25, 0.5  # of the share: without a queue, and with a long one
 
@@ -63,6 +64,7 @@ class CinnamonConfig:
 class _Run:
     cohort: int
     begun: bool = False  # a step of it was executed
+    favours: int = 0  # how often that counted
 
 
 class Cinnamon:
@@ -95,7 +97,7 @@ class Cinnamon:
             self._tick(view, now_s)
         run = self._runs.get((flow.tenant, flow.run)) if flow.run else None
         self._shares.came(flow.tenant, flow.tier, flow.cost, now_s)
-        favoured = (run is not None and run.begun) or self._shares.is_modest(flow.tenant, flow.tier)
+        favoured = (run is not None and run.begun and run.favours < _MOST_FAVOURS) or self._shares.is_modest(flow.tenant, flow.tier)
         priority = self._priority(flow, run, favoured, now_s, random)
         self._recent.add(priority)
         self._arrived += 1
@@ -106,6 +108,8 @@ class Cinnamon:
             message = f"{view.scope} has more steps than it can execute, and this one is among the less important"
             return Reject("SHED", message, view.scope, drain_hint=True)
         self._under_way[tier] += 1
+        if run is not None and favoured:
+            run.favours += 1
         if flow.run:
             self._remember(flow, run, priority)
         return _FAVOURED if favoured else ADMIT
@@ -134,7 +138,7 @@ class Cinnamon:
         self._under_way[tier] = max(0, self._under_way[tier] - 1)  # it may have come while the kernel went without this policy
 
     def _priority(self, flow: Flow, run: _Run | None, favoured: bool, now_s: float, random: float) -> int:
-        if run is not None:
+        if run is not None and favoured:
             return flow.tier * COHORTS + run.cohort // 2
         own = cohort(flow.tenant, flow.run, now_s) if flow.run else int(random * COHORTS)
         return flow.tier * COHORTS + (own if favoured else COHORTS + own) // 2

@@ -81,7 +81,10 @@ class Dagor:
             steps = dagor_level(self._admitted, overloaded, config.down, config.up)
             if not overloaded:
                 steps = max(steps, self._admitted + 1.0)  # 1 % of a few steps would never let another one in
-            self._level = threshold(self._counts, steps)
+            level = threshold(self._counts, steps)
+            if not overloaded and level <= self._level:  # the next priority that anybody has, however many steps that are
+                level = next((one + 1 for one in range(self._level, len(self._counts)) if self._counts[one]), len(self._counts))
+            self._level = level
         self._started_s = now_s
         self._reset()
 

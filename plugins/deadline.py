@@ -44,8 +44,8 @@ class Deadline:
     def decide(self, flow: Flow, view: ScopeView, now_s: float, random: float) -> Decision:
         left_s = flow.deadline_s - now_s
         needs_s = predicted_s(view)
-        if needs_s is None or needs_s <= left_s * self._config.slack:
-            return ADMIT
+        if needs_s is None or needs_s <= left_s * self._config.slack or not view.inflight + view.waiting:
+            return ADMIT  # an idle target may try: what was expected is from another time, and only steps can correct it
         message = f"the step has {left_s:.3f} s left, and {view.scope} is expected to need {needs_s:.3f} s"
         return Reject("DEADLINE_UNREACHABLE", message, view.scope, drain_hint=True)
 

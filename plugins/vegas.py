@@ -43,6 +43,7 @@ _CUT_IN_VAIN = 0.85  # of the expected gain is missing
 _PROBE_LEVEL = 0.8
 _LEVEL_SHARE = 0.05  # of a window in the long averages
 _SURE = 0.1  # relative error of a baseline from which on small differences from it mean something
+_PATIENT = 3.0  # idle round trips: who gave up before that did not give up on a target that is overloaded
 _MEASURED = 0.02  # of the round trip in the measured queue: the worker does see it
 
 
@@ -105,8 +106,9 @@ class Vegas:
         if self._probe is not None:
             window = self._probed(self._probe, now_s)
         if sample.ending is Ending.DROPPED:
-            # A deadline that is shorter than an idle target takes is its client's affair.
-            if round_trip_s == 0.0 or round_trip_s >= self._base.value_s:
+            # A deadline that an idle target can hardly meet is its client's affair, and what was never sent says nothing of the target.
+            idle_s = self._base.value_s or (window.own_s if window.count else 0.0)
+            if round_trip_s > _PATIENT * idle_s:
                 window.dropped += 1
         elif round_trip_s > 0.0:
             queue_s = min(sample.queue_s, round_trip_s)

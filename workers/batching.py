@@ -102,9 +102,10 @@ class Batcher:
         batch.left -= 1
         if answered:
             batch.answered_s = self._clock.now_s()
-        if batch.left or not batch.answered_s:
-            return
-        self._contain.call(self.named, "on_batch", None, None, batch.size, batch.answered_s - batch.sent_s, batch.answered_s)
+        if not batch.left and batch.answered_s:
+            self._contain.call(self.named, "on_batch", None, None, batch.size, batch.answered_s - batch.sent_s, batch.answered_s)
+        if not batch.left and self._waiting:
+            self._look()
 
     def _look(self) -> None:
         """Sends what waits, or looks again later."""

@@ -48,8 +48,8 @@ async def infer(stub: Any, request: Any, metadata: Metadata, timeout_s: float) -
 async def infer_together(stub: Any, calls: Sequence[InferCall], clock: Clock) -> tuple[list[Any], bool]:
     """Executes calls whose requests can be merged as one inference: a ModelInferResponse or an AioRpcError for each, and whether it did.
 
-    One wrong input makes the model refuse them all, so after an error that may be about the input each is executed alone, in turn. The time
-    of the whole is that of the call which has the most; the first one's trace context goes along.
+    One wrong input makes the model refuse them all, so after an error that may be about the input each half is executed apart, down to the
+    one that is wrong. The time of the whole is that of the call which has the most; the first one's trace context goes along.
     """
     if len(calls) > 1:
         request = merge([call.item[0] for call in calls])
@@ -58,10 +58,13 @@ async def infer_together(stub: Any, calls: Sequence[InferCall], clock: Clock) ->
         except grpc.aio.AioRpcError as error:
             if not _may_be_the_input(error):
                 return [error] * len(calls), False
-        else:
-            parts = split(response, [call.item[2] for call in calls])
-            if parts is not None:
-                return parts, True
+            middle = len(calls) // 2
+            first, _ = await infer_together(stub, calls[:middle], clock)
+            second, _ = await infer_together(stub, calls[middle:], clock)
+            return [*first, *second], False
+        parts = split(response, [call.item[2] for call in calls])
+        if parts is not None:
+            return parts, True
     answers: list[Any] = []
     for call in calls:
         try:

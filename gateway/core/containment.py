@@ -103,7 +103,18 @@ def failed(named: Named) -> Decision:
 def a_decision(answer: Any) -> Decision:
     if not isinstance(answer, Admit | Reject):
         raise TypeError(f"it returned {type(answer).__name__}, not Admit or Reject")
+    if isinstance(answer, Reject):
+        if not all(isinstance(text, str) for text in (answer.reason, answer.message, answer.scope)):
+            raise TypeError(f"it returned {answer!r}, whose reason, message and scope must be text")
+        a_hint(answer.retry_after_s)
     return answer
+
+
+def a_hint(answer: Any) -> float | None:
+    hint_s = None if answer is None else a_time(answer)
+    if hint_s == float("inf"):
+        raise TypeError("it returned an endless time to wait; None stands for an unknown one")
+    return hint_s
 
 
 def a_flow_of(flow: Flow) -> Check:
@@ -114,6 +125,8 @@ def a_flow_of(flow: Flow) -> Check:
             raise TypeError(f"it returned {type(answer).__name__}, not a Flow")
         if (answer.tenant, answer.kind, answer.target) != (flow.tenant, flow.kind, flow.target):
             raise ValueError("it changed tenant, kind or target, which are the step's own")
+        if type(answer.tier) is not int or not isinstance(answer.run, str) or answer.deadline_s != answer.deadline_s:
+            raise TypeError(f"tier {answer.tier!r}, run {answer.run!r} or deadline_s {answer.deadline_s!r} is of the wrong kind")
         if answer.tier not in range(TIERS) or not 0 < answer.cost < float("inf"):
             raise ValueError(f"tier {answer.tier!r} or cost {answer.cost!r} is out of range")
         return answer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gateway.core.admission import Refusal
-from gateway.core.containment import Containment, a_count, a_time_or_none, a_truth, an_order
+from gateway.core.containment import Containment, a_count, a_hint, a_time_or_none, a_truth, an_order
 from gateway.core.estimators import Average, Rate
 from gateway.core.permit import Permit
 from gateway.core.policies import PolicySet
@@ -108,7 +108,7 @@ class Gate:
         """The largest hint of the backpressure policies; None when none of them knows."""
         view = view or self.view(now_s)
         hints = [
-            self._contain.call(named, "retry_after_s", a_time_or_none, None, flow, view, now_s, self._random())
+            self._contain.call(named, "retry_after_s", a_hint, None, flow, view, now_s, self._random())
             for named in self._backpressure
             if not named.shadow
         ]

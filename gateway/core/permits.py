@@ -69,6 +69,8 @@ class Permits:
         cost = permit.flow.cost
         if sample.ending is Ending.SUCCEEDED and sample.service_s > 0.0 and gate.unit.value > 0.0:
             cost = sample.service_s / gate.unit.value
+        elif sample.round_trip_s > 0.0 and gate.unit.value > 0.0:  # it held its place, whatever came of it
+            cost = max(cost, (sample.round_trip_s - sample.queue_s) / gate.unit.value)
         sample = Sample(  # several times faster than replace(), once for each step
             sample.scope,
             sample.ending,

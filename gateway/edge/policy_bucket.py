@@ -27,6 +27,7 @@ class PolicyBucket:
         self._process = process if subjects.is_id(process) else "unnamed"
         self._change = change
         self._seen: dict[str, int] = {}  # by key: the revision that was looked at
+        self._refused: dict[str, tuple[str, int]] = {}  # by key: value and revision
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -54,7 +55,7 @@ class PolicyBucket:
 
     async def look(self) -> None:
         """Applies what has changed since the last time. Raises NoAnswer."""
-        present = set()
+        present, changed = set(), False
         async for entry in buckets.entries(self._js, subjects.POLICY_BUCKET, "*.*"):
             key = entry.subject.split(".", 2)[2]
             present.add(key)
@@ -64,14 +65,31 @@ class PolicyBucket:
             gone = buckets.is_gone(entry.headers)
             if gone and not known:
                 continue
+            changed = True
             await self._take(key, None if gone else entry.data.decode("utf-8", "replace"), entry.sequence)
         for key in self._seen.keys() - present:  # purged without a mark
             del self._seen[key]
             await self._take(key, None, 0)
+        # Parameters can be right only together, whatever the order in which they are read: another one may have made room.
+        while changed and await self._try_again():
+            pass
+
+    async def _try_again(self) -> bool:
+        """True when a value that was refused is applied by now."""
+        applied = False
+        for key, (text, revision) in list(self._refused.items()):
+            policy, parameter = key.split(".")
+            if self._change(policy, parameter, text).applied:
+                await self._take(key, text, revision)
+                applied = True
+        return applied
 
     async def _take(self, key: str, text: str | None, revision: int) -> None:
         policy, parameter = key.split(".")
         verdict = self._change(policy, parameter, text)
+        self._refused.pop(key, None)
+        if not verdict.applied and text is not None:
+            self._refused[key] = (text, revision)
         if verdict.applied:
             log.info("policy %s, revision %d in %s: %s", policy, revision, subjects.POLICY_BUCKET, verdict.message)
         else:
