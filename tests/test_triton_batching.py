@@ -195,7 +195,7 @@ async def test_one_bad_input_does_not_fail_its_neighbours(rig: Rig, code: grpc.S
     assert numbers([one, three]) == [1, 3]
     assert isinstance(bad, StepFailed)
     assert bad.code == code.name
-    assert [len(batch) for batch in rig.triton.batches] == [3, 1, 1, 1]
+    assert [len(batch) for batch in rig.triton.batches] == [3, 1, 2, 1, 1]
     assert rig.policy.sizes == [], "neither time is one of a batch of that size"
 
 
