@@ -15,7 +15,7 @@ from gateway.core.estimators import Average, Rate
 from gateway.core.permit import Permit
 from gateway.core.policies import PolicySet
 from gateway.core.tier_queue import TierQueue
-from gateway.policy import Named, OnError, Reject, Sample, ScopeView, Slot
+from gateway.policy import Ending, Named, OnError, Reject, Sample, ScopeView, Slot
 from gateway.types import TIERS, Flow
 
 UNLIMITED = 1_000_000
@@ -77,7 +77,7 @@ class Gate:
     def end(self, permit: Permit, sample: Sample, now_s: float) -> None:
         """A granted step has ended: the limits learn from it, and as many waiting ones as fit now are granted."""
         self.inflight -= 1
-        if sample.round_trip_s > 0.0 and sample.ending == "succeeded":
+        if sample.round_trip_s > 0.0 and sample.ending is Ending.SUCCEEDED:
             self.drain.add(now_s)
             self.round_trip.add(sample.round_trip_s)
             self.service.add(sample.service_s)
