@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gateway.errors import Denied, NearloopError, Rejected, Unavailable
 
 # Reasons that say the step never reached a queue, so that sending it again cannot execute it twice.
-NOT_STORED = frozenset({"NO_WORKERS", "NOT_STORED", "GATEWAY_UNREACHABLE"})
+NOT_STORED = frozenset({"NO_REGION", "NO_WORKERS", "NOT_STORED", "GATEWAY_UNREACHABLE"})
 
 # Refusals that waiting cannot help: the step is too much for the policy at any time.
 NEVER_FITS = frozenset({"COST_OVER_BURST"})

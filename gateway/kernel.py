@@ -220,6 +220,9 @@ class Kernel:
                 self._routes[scope] = (now_s, candidates)
         live = [replace(endpoint, inflight=self._sent[scope, endpoint.region]) for endpoint in candidates if endpoint.workers]
         chosen = routing.choose(self._routing, live, flow, now_s, self.contain)
+        if chosen is None and live:
+            message = f"the routing policies rule out every region that serves {scope} now"
+            raise Unavailable(message, reason="NO_REGION", scope=scope, retry_after_s=self._config.worker.heartbeat_s)
         if chosen is None:
             message = f"no worker serves {scope} now: start one, or submit a job, which waits for it"
             raise Unavailable(message, reason="NO_WORKERS", scope=scope, retry_after_s=self._config.worker.heartbeat_s)

@@ -27,6 +27,7 @@ from gateway.types import (
     Target,
     WorkerInfo,
 )
+from plugins.nearest_region import NearestRegion
 
 REGIONS = {"regions": [{"name": "home"}, {"name": "iad"}]}
 TARGET = Target(Kind.TOOL, "echo", home_region="home")
@@ -136,6 +137,14 @@ async def test_without_a_worker_execute_is_refused_with_a_hint_and_holds_nothing
             with pytest.raises(Unavailable, match="no worker serves") as caught:
                 await w.kernel.execute(w.step())
             assert (caught.value.reason, caught.value.retry_after_s) == ("NO_WORKERS", 2.0)
+
+
+async def test_when_routing_rules_out_every_region_the_error_does_not_blame_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NearestRegion, "score", lambda *_: None)
+    async with world({"use": "nearest_region"}) as w:
+        with pytest.raises(Unavailable, match="rule out every region that serves tool.echo") as caught:
+            await w.kernel.execute(w.step())
+        assert caught.value.reason == "NO_REGION"
 
 
 async def test_a_live_worker_elsewhere_is_used() -> None:
