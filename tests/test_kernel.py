@@ -142,7 +142,7 @@ async def test_without_a_worker_execute_is_refused_with_a_hint_and_holds_nothing
 async def test_when_routing_rules_out_every_region_the_error_does_not_blame_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NearestRegion, "score", lambda *_: None)
     async with world({"use": "nearest_region"}) as w:
-        with pytest.raises(Unavailable, match="rule out every region that serves tool.echo") as caught:
+        with pytest.raises(Unavailable, match=r"rule out every region that serves tool\.echo") as caught:
             await w.kernel.execute(w.step())
         assert caught.value.reason == "NO_REGION"
 
