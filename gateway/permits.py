@@ -51,17 +51,18 @@ class PermitDesk:
         self.permits.give_back(reserved, flow, self._clock.now_s())
 
     async def _wait(self, permit: Permit) -> None:
-        flow, woken = permit.flow, asyncio.Event()
-        permit.wake = woken.set
+        """Until the permit is granted or refused, or its time is over. A future and a timer: an Event and a timeout cost twice as much."""
+        flow, loop = permit.flow, asyncio.get_running_loop()
+        woken: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        permit.wake = wake
+        timer = loop.call_later(min(permit.give_up_s, flow.deadline_s) - self._clock.now_s(), wake)
         try:
-            async with asyncio.timeout(min(permit.give_up_s, flow.deadline_s) - self._clock.now_s()):
-                await woken.wait()
-        except TimeoutError:
-            now_s = self._clock.now_s()
-            if self.permits.give_up(permit, now_s, left=flow.deadline_s <= now_s):
-                if flow.deadline_s <= now_s:
-                    raise Expired("the deadline passed while the step waited for a permit", scope=flow.scope) from None
-                return
+            await woken
         except asyncio.CancelledError:
             now_s = self._clock.now_s()
             if not self.permits.give_up(permit, now_s, left=True):
@@ -69,7 +70,13 @@ class PermitDesk:
                 if not permit.refusal:
                     self.permits.end(permit, Sample(flow.scope, Ending.IGNORED, 0.0, 0.0, 0.0, 0), now_s)
             raise
-        self.permits.woken(permit, self._clock.now_s())
+        finally:
+            timer.cancel()
+        now_s = self._clock.now_s()
+        if not permit.is_waiting:
+            self.permits.woken(permit, now_s)
+        elif self.permits.give_up(permit, now_s, left=flow.deadline_s <= now_s) and flow.deadline_s <= now_s:
+            raise Expired("the deadline passed while the step waited for a permit", scope=flow.scope)
 
 
 def _rejected(refusal: Refusal) -> Rejected:

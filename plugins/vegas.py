@@ -5,7 +5,8 @@ whose service times vary. State: one window of sums, a baseline, two correlation
 
 **Windows.** A decision for each window of steps that ended once the previous decision has worked its way through (as Uber's Cinnamon tuner
 does): q = the part of the steps in flight that waits, by Little's law N * wait / round trip. wait is what the worker measured as its
-queue, or what the rest of the round trip is over the baseline, twice its standard error taken off; over many windows also less than that.
+queue, or what the execution took over the baseline, twice its standard error taken off; over many windows also less than that. The way to
+the worker and back is no queue of the target: on a busy gateway it is long, and fewer steps in flight would not make it shorter.
 
     q <= threshold    L doubles until the first queue; later + 20 % or beta, the double with each further window without a queue
     q <  alpha        L + log10 L
@@ -14,9 +15,9 @@ queue, or what the rest of the round trip is over the baseline, twice its standa
 
 Growth only while the limit is in use; below half of it nothing is learnt. A share of drops over max_drops takes the limit down by it.
 
-**Baseline.** The mean of steps that found less than half of the limit in flight, and of probes: every now and then the limit is 4/5 of what
-is busy for about a round trip. A cut that does not shorten the round trip shows the target to be slower, and not to have a queue: the
-baseline becomes what it takes now, and the cut is taken back.
+**Baseline.** The mean execution of steps that found less than half of the limit in flight, and of probes: every now and then the limit is
+4/5 of what is busy for about a round trip. A cut that does not shorten the round trip shows the target to be slower, and not to have a
+queue: the baseline becomes what it takes now, and the cut is taken back.
 
 **Correlation veto** (Cinnamon): no growth while over the last windows the round trip goes with the steps in flight (> 0.5) and the
 throughput does not (< 0.3). **Absolute cap**: ratios cannot see a level that is steadily bad, so a mean round trip over the objective
@@ -86,7 +87,7 @@ class Vegas:
         self._base = Baseline()
         self._probe: Probe | None = None
         self._probe_in = float(config.probe_windows)  # windows
-        self._cut: tuple[float, float] | None = None  # own_s and inflight when the baseline had the limit cut
+        self._cut: tuple[float, float, float] | None = None  # own_s, idle_s and inflight when the baseline had the limit cut
         self._throughput, self._own = Correlation(), Correlation()  # each with the steps in flight
         self._level_steps = 0
         self._forget()
@@ -112,14 +113,14 @@ class Vegas:
                 window.dropped += 1
         elif round_trip_s > 0.0:
             queue_s = min(sample.queue_s, round_trip_s)
-            own_s = round_trip_s - queue_s
+            own_s = min(sample.service_s, round_trip_s - queue_s) or round_trip_s - queue_s
             if self._probe is not None:
                 self._probe.add(own_s, now_s - round_trip_s)
             elif sample.inflight <= self._light:
                 self._base.add(own_s)
             if now_s < self._settled_s:
                 return
-            window.add(sample.inflight, queue_s, own_s)
+            window.add(sample.inflight, queue_s, own_s, round_trip_s - queue_s - own_s)
         if window.count + window.dropped >= self._steps and now_s >= self._settled_s and now_s - window.started_s >= _LEAST_WINDOW_S:
             self._decide(window, sample, now_s, random)
 
@@ -127,7 +128,7 @@ class Vegas:
 
     def _decide(self, window: Window, sample: Sample, now_s: float, random: float) -> None:
         before, limit = self._now, self._limit
-        round_trip_s = window.queue_s + window.own_s if window.count else sample.round_trip_s
+        round_trip_s = window.queue_s + window.idle_s if window.count else sample.round_trip_s
         dropped = window.dropped / (window.count + window.dropped)
         objective_s = self._config.scopes.get(sample.scope, self._config.objective_s)
         queue = 0.0
@@ -142,7 +143,7 @@ class Vegas:
         if self._now != before:
             self._settled_s = now_s + round_trip_s
         elif self._probe is None and window.count and self._probe_in < 0.0:
-            self._start_probe(queue, round_trip_s, window.own_s, now_s, random)
+            self._start_probe(queue, round_trip_s, window.idle_s, now_s, random)
         self._window = Window(max(now_s, self._settled_s))
 
     def _adapt(self, window: Window, round_trip_s: float, now_s: float) -> float:
@@ -164,7 +165,7 @@ class Vegas:
             limit -= _GAIN * (queue - (alpha + beta) / 2)
             if hidden_s > window.queue_s:
                 limit = max(limit, _DEEPEST_CUT * self._limit)
-                self._cut = (window.own_s, inflight)
+                self._cut = (window.own_s, window.idle_s, inflight)
         elif full and queue < alpha and not window.dropped and not self._growth_is_vain():
             if queue > threshold or not (self._starting or self._sees_queues(window)):
                 limit = vegas(limit, max(queue, 1.01 * threshold), scale=self._config.queue_scale)
@@ -229,23 +230,23 @@ class Vegas:
     def _capacity_after_cut(self, window: Window) -> float:
         """After a cut of the limit: were there a queue, the round trip would be shorter in proportion. If it is not, the baseline is wrong,
         what it takes now is the new one, and the capacity follows; otherwise 0."""
-        if self._cut is None or window.inflight > 0.95 * self._cut[1]:
+        if self._cut is None or window.inflight > 0.95 * self._cut[2]:
             return 0.0
-        (own_s, inflight), self._cut = self._cut, None
-        shorter_s = own_s * (1.0 - window.inflight / inflight)
+        (own_s, idle_s, inflight), self._cut = self._cut, None
+        shorter_s = idle_s * (1.0 - window.inflight / inflight)
         if window.own_s > 1.05 * own_s or window.own_s - self._error_s(window) <= own_s - (1.0 - _CUT_IN_VAIN) * shorter_s:
             return 0.0
         self._base.replace(window.own_s, window.count)
         self._forget()
-        return inflight * window.own_s / own_s
+        return inflight * window.idle_s / idle_s
 
-    def _start_probe(self, queue: float, round_trip_s: float, own_s: float, now_s: float, random: float) -> None:
+    def _start_probe(self, queue: float, round_trip_s: float, idle_s: float, now_s: float, random: float) -> None:
         self._probe_in = self._config.probe_windows * (0.5 + random / 2)
         level = max(self._config.min_limit, int(_PROBE_LEVEL * (self._limit - queue)))
         if level < self._now:
-            self._probe = Probe(level, self._now, round_trip_s, own_s, self._deviation.value, now_s)
+            self._probe = Probe(level, self._now, round_trip_s, idle_s, self._deviation.value, now_s)
             self._now = level
-            self._settled_s = self._probe.until_s + own_s
+            self._settled_s = self._probe.until_s + idle_s
 
     def _probed(self, probe: Probe, now_s: float) -> Window:
         """Ends the lower limit, later the probe. The window from now on."""

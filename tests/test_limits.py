@@ -82,7 +82,7 @@ def test_a_correlation_is_one(pairs: list[tuple[float, float]]) -> None:
 def test_a_probe_counts_what_was_dispatched_in_it_and_a_surprising_one_is_believed() -> None:
     base = Baseline()
     base.add(0.1, 50)
-    probe = Probe(6, 8, round_trip_s=0.2, own_s=0.2, deviation_s=0.01, now_s=10.0)
+    probe = Probe(6, 8, round_trip_s=0.2, idle_s=0.2, deviation_s=0.01, now_s=10.0)
     assert probe.until_s == pytest.approx(10.25)
     for dispatched_s in (9.9, 10.1, 10.2, 10.25, 10.3):
         probe.add(0.2 if dispatched_s > 10 else 5.0, dispatched_s)
@@ -194,6 +194,23 @@ def test_vegas_takes_a_slower_target_for_slower_and_not_for_queued() -> None:
     target.service_s *= 2
     target.play(40)
     assert sorted(target.limits[-9:])[4] >= 32
+
+
+def test_vegas_takes_a_long_way_for_no_queue_of_the_target() -> None:
+    """Transport that grows with what is in flight, as on a busy gateway; the same time inside the execution is a hidden queue."""
+    policies = Vegas(VegasConfig(max_limit=100)), Vegas(VegasConfig(max_limit=100))
+    limits_seen: tuple[list[int], list[int]] = [], []
+    now_s = 0.0
+    for step in range(5000):
+        for policy, seen, service_s in zip(policies, limits_seen, (0.01, 0.0), strict=True):
+            inflight = policy.limit(SCOPE)
+            seen.append(inflight)
+            round_trip_s = 0.01 + 0.002 * inflight
+            policy.on_sample(Sample(SCOPE, Ending.SUCCEEDED, round_trip_s, 0.0, service_s or round_trip_s, inflight), now_s, step % 7 / 7)
+        now_s += 0.004
+    transport, hidden = (sorted(seen[-2000:])[1000] for seen in limits_seen)
+    assert transport == 100
+    assert hidden < 60
 
 
 def test_vegas_holds_a_limit_that_is_not_in_use() -> None:

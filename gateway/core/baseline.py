@@ -45,12 +45,12 @@ class Probe:
 
     LEAST_STEPS = 3
 
-    def __init__(self, level: int, limit: int, round_trip_s: float, own_s: float, deviation_s: float, now_s: float) -> None:
-        """round_trip_s with the queue, own_s without what is known to be one."""
+    def __init__(self, level: int, limit: int, round_trip_s: float, idle_s: float, deviation_s: float, now_s: float) -> None:
+        """round_trip_s with the queue, idle_s without what is known to be one."""
         self.level = level
         self.began_s = now_s
-        self.until_s = now_s + round_trip_s * (1.0 - level / limit) + own_s
-        self.over_s = self.until_s + own_s + _TAIL * deviation_s
+        self.until_s = now_s + round_trip_s * (1.0 - level / limit) + idle_s
+        self.over_s = self.until_s + idle_s + _TAIL * deviation_s
         self.steps = Window(now_s)
 
     def add(self, own_s: float, dispatched_s: float) -> None:

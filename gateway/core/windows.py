@@ -6,22 +6,23 @@ import math
 class Window:
     """Sums of a window of finished steps. Times in seconds."""
 
-    __slots__ = ("_inflight", "_own", "_own_squares", "_queue", "count", "dropped", "most_inflight", "started_s")
+    __slots__ = ("_inflight", "_own", "_own_squares", "_queue", "_transport", "count", "dropped", "most_inflight", "started_s")
 
     def __init__(self, started_s: float) -> None:
         self.started_s = started_s
         self.count = self.dropped = self.most_inflight = 0
         self._inflight = 0
-        self._queue = self._own = self._own_squares = 0.0
+        self._queue = self._own = self._own_squares = self._transport = 0.0
 
-    def add(self, inflight: int, queue_s: float, own_s: float) -> None:
-        """queue_s: the part of the round trip that is known to be a queue; own_s: the rest."""
+    def add(self, inflight: int, queue_s: float, own_s: float, transport_s: float = 0.0) -> None:
+        """A round trip: what is known to be a queue, what the target took itself, and the way there and back."""
         self.count += 1
         self._inflight += inflight
         if inflight > self.most_inflight:
             self.most_inflight = inflight
         self._queue += queue_s
         self._own += own_s
+        self._transport += transport_s
         self._own_squares += own_s * own_s
 
     @property
@@ -35,6 +36,11 @@ class Window:
     @property
     def own_s(self) -> float:
         return self._own / self.count
+
+    @property
+    def idle_s(self) -> float:
+        """The round trip without the known queue."""
+        return (self._own + self._transport) / self.count
 
     @property
     def deviation_s(self) -> float:
