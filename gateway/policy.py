@@ -135,7 +135,7 @@ class Sample:
     service_s: float  # of it, executing, waiting inside Triton included
     inflight: int
     cost: float = 1.0
-    worker_wait_s: float = 0.0  # average queue wait that its worker saw over its last window, all gateways' steps together
+    worker_wait_s: float = 0.0  # average wait for a slot of its worker over the last window, all gateways' steps together
     waited_s: float = 0.0  # for its permit
 
 

@@ -149,7 +149,7 @@ class StepResult:
     code: str = ""  # a gRPC status name such as INVALID_ARGUMENT, empty when the step is done
     reason: str = ""  # UPPER_SNAKE_CASE
     message: str = ""
-    worker_wait_us: int = 0  # average wait for this worker, of all gateways' steps for the target, over its last window
+    worker_wait_us: int = 0  # average wait for a slot of this worker, of all gateways' steps for the target, over its last window
 
 
 @dataclass(frozen=True, slots=True)

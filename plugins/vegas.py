@@ -6,7 +6,8 @@ whose service times vary. State: one window of sums, a baseline, two correlation
 **Windows.** A decision for each window of steps that ended once the previous decision has worked its way through (as Uber's Cinnamon tuner
 does): q = the part of the steps in flight that waits, by Little's law N * wait / round trip. wait is what the worker measured as its
 queue, or what the execution took over the baseline, twice its standard error taken off; over many windows also less than that. The way to
-the worker and back is no queue of the target: on a busy gateway it is long, and fewer steps in flight would not make it shorter.
+the worker and back is no queue of the target, nor is a wait while the worker has free slots: on a busy machine these are long, and fewer
+steps in flight would not make them shorter.
 
     q <= threshold    L doubles until the first queue; later + 20 % or beta, the double with each further window without a queue
     q <  alpha        L + log10 L
@@ -45,6 +46,7 @@ _PROBE_LEVEL = 0.8
 _LEVEL_SHARE = 0.05  # of a window in the long averages
 _SURE = 0.1  # relative error of a baseline from which on small differences from it mean something
 _PATIENT = 3.0  # idle round trips: who gave up before that did not give up on a target that is overloaded
+_MOST_WAIT = 3.0  # of the worker's average wait for a slot: what a step was under way beyond that is the way
 _MEASURED = 0.02  # of the round trip in the measured queue: the worker does see it
 
 
@@ -112,7 +114,7 @@ class Vegas:
             if round_trip_s > _PATIENT * idle_s:
                 window.dropped += 1
         elif round_trip_s > 0.0:
-            queue_s = min(sample.queue_s, round_trip_s)
+            queue_s = min(sample.queue_s, _MOST_WAIT * sample.worker_wait_s, round_trip_s)
             own_s = min(sample.service_s, round_trip_s - queue_s) or round_trip_s - queue_s
             if self._probe is not None:
                 self._probe.add(own_s, now_s - round_trip_s)

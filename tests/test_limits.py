@@ -117,7 +117,9 @@ class Target:
                 took_s = round_trip_s or self.service_s * max(1.0, inflight / self.slots)
                 queue_s = max(0.0, took_s - self.service_s) if self.visible and not round_trip_s else 0.0
                 self.now_s += took_s / limit
-                self.policy.on_sample(Sample(SCOPE, ending, took_s, queue_s, took_s - queue_s, inflight), self.now_s, index / limit)
+                self.policy.on_sample(
+                    Sample(SCOPE, ending, took_s, queue_s, took_s - queue_s, inflight, 1.0, queue_s), self.now_s, index / limit
+                )
             self.limits.append(self.policy.limit(SCOPE))
         return self.limits[-1]
 
@@ -211,6 +213,20 @@ def test_vegas_takes_a_long_way_for_no_queue_of_the_target() -> None:
     transport, hidden = (sorted(seen[-2000:])[1000] for seen in limits_seen)
     assert transport == 100
     assert hidden < 60
+
+
+def test_vegas_takes_for_a_queue_only_what_goes_with_waits_for_slots() -> None:
+    """Half of the round trip is spent before the worker starts: on the way while it has free slots, else in its queue."""
+    found = []
+    for worker_wait_s in (0.0, 0.05):
+        policy, now_s, seen = Vegas(VegasConfig(initial=20, max_limit=100)), 0.0, []
+        for step in range(3000):
+            policy.on_sample(Sample(SCOPE, Ending.SUCCEEDED, 0.1, 0.05, 0.05, policy.limit(SCOPE), 1.0, worker_wait_s), now_s, step % 7 / 7)
+            now_s += 0.005
+            seen.append(policy.limit(SCOPE))
+        found.append(sorted(seen[-1000:])[500])
+    assert found[0] == 100
+    assert found[1] < 20
 
 
 def test_vegas_holds_a_limit_that_is_not_in_use() -> None:

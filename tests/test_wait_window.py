@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from gateway.config import Config
 from gateway.core.passage import Passage
 from gateway.policy import Ending
-from gateway.ports import Delivery, Executor, Work, WorkerBus
+from gateway.ports import Delivery, Executor, Queue, Work, WorkerBus
 from gateway.testing import ManualClock
 from gateway.types import Flow, Kind, Lane, Payload, Status, Step, StepResult, Target
 from workers.held import Held
 from workers.lanes import Lane as WorkerLane
+from workers.lanes import TargetLanes
 from workers.life import StepLife
 from workers.outcome import Outcomes
 from workers.wait_window import WINDOW_STEPS, WaitWindow, WaitWindows
@@ -87,19 +88,36 @@ class Bus:
     def reply(self, subject: str, result: StepResult) -> None: ...
 
 
+def test_a_step_finds_its_target_full_when_hardly_a_slot_is_free() -> None:
+    queue = Queue("home", Kind.TOOL, "echo", Lane.STANDARD)
+    for slots, full_from in ((1, 0), (2, 1), (4, 2), (16, 11)):
+        lanes = TargetLanes(slots, [queue], lambda held: None)
+        found = []
+        for _ in range(slots + 2):
+            held: Any = SimpleNamespace(lane=lanes.lanes[0], delivery=SimpleNamespace(pending=0), found_full=False)
+            lanes.offer(held)
+            found.append(held.found_full)
+        assert found == [running >= full_from for running in range(slots + 2)]
+
+
 class Echo:
     async def execute(self, work: Work) -> Payload:
         return work.step.input
 
 
 @pytest.mark.parametrize(
-    ("attempt", "reply_to", "told_us"),
-    [(1, "nl.reply.g.x", 350_000), (2, "nl.reply.g.x", 100_000), (1, "", 100_000)],
+    ("attempt", "reply_to", "found_full", "told_us"),
+    [
+        (1, "nl.reply.g.x", True, 350_000),
+        (1, "nl.reply.g.x", False, 50_000),
+        (2, "nl.reply.g.x", True, 100_000),
+        (1, "", True, 100_000),
+    ],
 )
 async def test_each_result_tells_the_average_with_its_own_wait_but_not_that_of_jobs_and_repeats(
-    attempt: int, reply_to: str, told_us: int
+    attempt: int, reply_to: str, found_full: bool, told_us: int
 ) -> None:
-    """The wait is that at the server, 500 ms, and that for a slot, 100 ms. Somebody else's step waited 100 ms."""
+    """The wait is that at the server, 500 ms, and that for a slot, 100 ms; with free slots it was the way. Another's waited 100 ms."""
     clock, bus, outcomes = ManualClock(), Bus(), Outcomes("home", "w1")
     life = StepLife(
         Config(),
@@ -119,6 +137,7 @@ async def test_each_result_tells_the_average_with_its_own_wait_but_not_that_of_j
         step=step, attempt=attempt, queued_us=500_000, reply_to=reply_to, answered_by_commit=False, pending=0, ack=lambda: None
     )
     held = Held(cast(Delivery, delivery), cast(WorkerLane, None), clock)
+    held.found_full = found_full
     clock.advance(0.1)
     await life.live(held, Target(Kind.TOOL, "echo"))
     result = bus.results["s1"]

@@ -36,6 +36,7 @@ class Held:
         "arrived_s",
         "attempt",
         "delivery",
+        "found_full",
         "key",
         "lane",
         "log",
@@ -56,6 +57,7 @@ class Held:
         self.queue_us = delivery.queued_us  # the wait for a slot is added when it starts
         self.key = (step.tenant, step.id)
         self.arrived_s = clock.now_s()
+        self.found_full = False  # its target had hardly a free slot here when it came: what it waited was for one
         self.phase = Phase.WAITING
         self.stop_cause: Stop | None = None
         self.service_s = 0.0

@@ -58,6 +58,7 @@ class TargetLanes:
         lane.in_hand += 1
         lane.recent = max(lane.recent, lane.in_hand)
         lane.pending = held.delivery.pending
+        held.found_full = 4 * (self.running + 1) >= 3 * self.slots
         if self.running < self.slots:
             self.running += 1
             self._start(held)

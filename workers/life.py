@@ -142,7 +142,7 @@ class StepLife:
         started_s = self._clock.now_s()
         held.queue_us += int((started_s - held.arrived_s) * 1e6)
         if held.attempt == 1 and not held.is_job:  # a job may wait for hours, and an earlier attempt is no wait
-            self._outcomes.waits.add(step.target, held.queue_us, started_s)
+            self._outcomes.waits.add(step.target, held.queue_us if held.found_full else 0, started_s)
         held.phase = Phase.EXECUTING
         output: Payload | None = None
         failure: Exception | None = None

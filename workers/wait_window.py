@@ -21,7 +21,7 @@ class WaitWindow:
         self._sum_us = 0  # whole microseconds, so that adding and taking away is exact
 
     def add(self, waited_us: int, now_s: float) -> None:
-        """A step started now, after waiting in the queue and for a slot."""
+        """A step started now, after waiting so long for a slot."""
         self._steps.append((now_s, waited_us))
         self._sum_us += waited_us
         while len(self._steps) > WINDOW_STEPS or self._steps[0][0] <= now_s - WINDOW_S:
