@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gateway import __version__, cli_client, cli_doctor, cli_plugins
+from gateway import __version__, cli_client, cli_doctor, cli_plugins, cli_program
 from gateway.cli_common import ConfigFile, Group, run_async
 from gateway.config import Config, load
 from gateway.supervised import PartFailed
@@ -175,6 +175,7 @@ def main() -> None:
 cli_client.register(app)
 cli_doctor.register(app)
 cli_plugins.register(app)
+cli_program.register(app)
 app.add_typer(config_app, name="config")
 
 if __name__ == "__main__":

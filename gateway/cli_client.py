@@ -59,7 +59,8 @@ def read_input(text: str) -> Payload:
     return Payload(text.encode())
 
 
-def _with_client(address: str, api_key: str, use: Callable[["NearloopClient"], Awaitable[None]]) -> None:
+def with_client(address: str, api_key: str, use: Callable[["NearloopClient"], Awaitable[None]]) -> None:
+    """Runs `use` with a client for the gateway at the address."""
     try:
         host, port = addresses.split(address)
     except ValueError as error:
@@ -116,7 +117,7 @@ def execute(
             async for item in items:
                 cli_output.show_item(item, as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)
 
 
 def submit(
@@ -137,7 +138,7 @@ def submit(
     async def use(client: "NearloopClient") -> None:
         cli_output.show_submitted(await client.submit(kind, target, body, **options), as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)
 
 
 def get(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADDRESS, api_key: ApiKey = "") -> None:
@@ -146,7 +147,7 @@ def get(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADDRE
     async def use(client: "NearloopClient") -> None:
         cli_output.show_job(await client.get_job(job_id), as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)
 
 
 def watch(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADDRESS, api_key: ApiKey = "") -> None:
@@ -158,7 +159,7 @@ def watch(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADD
             async for item in items:
                 cli_output.show_item(item, as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)
 
 
 def cancel(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_ADDRESS, api_key: ApiKey = "") -> None:
@@ -167,7 +168,7 @@ def cancel(job_id: JobId, as_json: AsJson = False, address: Address = DEFAULT_AD
     async def use(client: "NearloopClient") -> None:
         cli_output.show_job(await client.cancel(job_id), as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)
 
 
 def targets(
@@ -181,4 +182,4 @@ def targets(
     async def use(client: "NearloopClient") -> None:
         cli_output.show_targets(await client.targets(kind), as_json)
 
-    _with_client(address, api_key, use)
+    with_client(address, api_key, use)

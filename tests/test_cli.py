@@ -27,7 +27,9 @@ def one_sentence(text: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "config check", *(f"plugins {word}" for word in ("list", "describe", "check", "new"))])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "config check", "program check", *(f"plugins {word}" for word in ("list", "describe", "check", "new"))]
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = runner.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
@@ -37,7 +39,12 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_every_command_is_listed() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert {line.split()[1] for line in result.output.splitlines() if re.match(r"│ [a-z]+ ", line)} == {*COMMANDS, "config", "plugins"}
+    assert {line.split()[1] for line in result.output.splitlines() if re.match(r"│ [a-z]+ ", line)} == {
+        *COMMANDS,
+        "config",
+        "plugins",
+        "program",
+    }
 
 
 def test_version() -> None:
