@@ -182,7 +182,7 @@ class AdmissionPolicy(Protocol):
 
 
 class LimitPolicy(Protocol):
-    """How many steps of a scope may be in flight?"""
+    """How many steps of a scope may be in flight? Asked anew after each sample and change of parameters, not in between."""
 
     def limit(self, scope: str) -> int: ...
 

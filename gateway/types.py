@@ -97,7 +97,7 @@ class Flow:
     @property
     def scope(self) -> str:
         """The concurrency limit that the flow falls under, for example `infer.plan`."""
-        return f"{self.kind.value}.{self.target}"
+        return f"{self.kind}.{self.target}"
 
 
 @dataclass(frozen=True, slots=True)

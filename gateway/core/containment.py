@@ -16,6 +16,9 @@ MOST_SLOW_S = 1.0
 WINDOW_S = 10.0
 SUSPENDED_S = 10.0
 
+_DECISION = (Admit, Reject)  # a union would be made anew by each call
+_NUMBER = (int, float)
+
 Report = Callable[[Named, str], None]
 Check = Callable[[Any], Any]
 
@@ -101,7 +104,7 @@ def failed(named: Named) -> Decision:
 
 
 def a_decision(answer: Any) -> Decision:
-    if not isinstance(answer, Admit | Reject):
+    if not isinstance(answer, _DECISION):
         raise TypeError(f"it returned {type(answer).__name__}, not Admit or Reject")
     if isinstance(answer, Reject):
         if not all(isinstance(text, str) for text in (answer.reason, answer.message, answer.scope)):
@@ -136,13 +139,13 @@ def a_flow_of(flow: Flow) -> Check:
 
 def a_count(answer: Any) -> int:
     """A whole number of at least 1; a limit below that would stop everything for ever."""
-    if not isinstance(answer, int | float) or isinstance(answer, bool) or not 1 <= answer < 1e9:  # also refuses nan
+    if not isinstance(answer, _NUMBER) or isinstance(answer, bool) or not 1 <= answer < 1e9:  # also refuses nan
         raise TypeError(f"it returned {answer!r}, not a number from 1 to a billion")
     return int(answer)
 
 
 def a_time(answer: Any) -> float:
-    if not isinstance(answer, int | float) or isinstance(answer, bool) or not answer >= 0:
+    if not isinstance(answer, _NUMBER) or isinstance(answer, bool) or not answer >= 0:
         raise TypeError(f"it returned {answer!r}, not seconds of at least 0")
     return float(answer)
 
@@ -152,19 +155,19 @@ def a_time_or_none(answer: Any) -> float | None:
 
 
 def a_number_or_none(answer: Any) -> float | None:
-    if answer is not None and (not isinstance(answer, int | float) or answer != answer):
+    if answer is not None and (not isinstance(answer, _NUMBER) or answer != answer):
         raise TypeError(f"it returned {answer!r}, not a number or None")
     return answer
 
 
 def a_probability(answer: Any) -> float:
-    if not isinstance(answer, int | float) or not 0 <= answer <= 1:
+    if not isinstance(answer, _NUMBER) or not 0 <= answer <= 1:
         raise TypeError(f"it returned {answer!r}, not a number from 0 to 1")
     return float(answer)
 
 
 def an_order(answer: Any) -> tuple[float, ...]:
-    if not isinstance(answer, tuple) or not all(isinstance(part, int | float) and part == part for part in answer):
+    if not isinstance(answer, tuple) or not all(isinstance(part, _NUMBER) and part == part for part in answer):
         raise TypeError(f"it returned {answer!r}, not a tuple of numbers")
     return answer
 

@@ -34,6 +34,7 @@ class Gate:
         self._contain = contain
         self._random = random
         self._limits = policies.all(Slot.LIMIT)
+        self._limit = 0  # as of the last sample or change of parameters; 0 while not asked
         self._backpressure = policies.all(Slot.BACKPRESSURE)
         self._ordering = policies.one(Slot.ORDERING)
         self._tiers = [TierQueue(policies.one(Slot.FAIRNESS), contain) for _ in range(TIERS)]
@@ -42,11 +43,17 @@ class Gate:
     # ---- counters --------------------------------------------------------------------------------------------------------------
 
     def limit(self) -> int:
-        """The smallest limit that a policy gives; a policy that fails, or is a shadow, does not count."""
+        """The smallest limit that a policy gives; a policy that fails, or is a shadow, does not count.
+
+        Asked once between samples, since what a policy says depends on nothing else.
+        """
+        if self._limit:
+            return self._limit
         smallest = UNLIMITED
         for named in self._limits:
             if not named.shadow:
                 smallest = min(smallest, self._contain.call(named, "limit", a_count, UNLIMITED, self.scope))
+        self._limit = smallest
         return smallest
 
     def view(self, now_s: float) -> ScopeView:
@@ -86,6 +93,11 @@ class Gate:
             self._contain.call(named, "on_sample", None, None, sample, now_s, self._random())
         if sample.cost != permit.flow.cost:
             self._tiers[permit.flow.tier].charge(permit, sample.cost - permit.flow.cost, now_s)
+        self.changed(now_s)
+
+    def changed(self, now_s: float) -> None:
+        """What the limits say may be another number now."""
+        self._limit = 0
         self.fill(now_s)
 
     def fill(self, now_s: float) -> None:

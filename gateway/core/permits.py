@@ -126,7 +126,7 @@ class Permits:
     def fill(self, now_s: float) -> None:
         """Limits may have changed from outside."""
         for _, gate in self._scopes.values():
-            gate.fill(now_s)
+            gate.changed(now_s)
 
     def _of(self, scope: str) -> tuple[AdmissionChain, Gate]:
         found = self._scopes.get(scope)
