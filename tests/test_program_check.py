@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gateway.program.check import Bound, Finding, bound, check
+from gateway.program.bounds import Bound, bound
+from gateway.program.check import Finding, check
 from gateway.program.model import Call, Program, Template
 from gateway.program.parse import parse_program
 from gateway.types import Kind, Target

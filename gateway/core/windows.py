@@ -6,11 +6,11 @@ import math
 class Window:
     """Sums of a window of finished steps. Times in seconds."""
 
-    __slots__ = ("_inflight", "_own", "_own_squares", "_queue", "_transport", "count", "dropped", "most_inflight", "started_s")
+    __slots__ = ("_inflight", "_own", "_own_squares", "_queue", "_transport", "count", "dropped", "started_s")
 
     def __init__(self, started_s: float) -> None:
         self.started_s = started_s
-        self.count = self.dropped = self.most_inflight = 0
+        self.count = self.dropped = 0
         self._inflight = 0
         self._queue = self._own = self._own_squares = self._transport = 0.0
 
@@ -18,8 +18,6 @@ class Window:
         """A round trip: what is known to be a queue, what the target took itself, and the way there and back."""
         self.count += 1
         self._inflight += inflight
-        if inflight > self.most_inflight:
-            self.most_inflight = inflight
         self._queue += queue_s
         self._own += own_s
         self._transport += transport_s

@@ -5,11 +5,12 @@ about five times as fast and keeps the depth of the interpreter's recursion near
 """
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from celpy.celparser import CELParseError, CELParser
 from celpy.evaluation import celstr
 from lark import Token, Tree
+
+from gateway.program.problems import nearest
 
 MOST_CHARS = 4096
 MOST_BRACKETS = 24  # inside one another
@@ -138,8 +139,7 @@ def _is_primary(child: Node | Token) -> bool:
 
 def _known(name: str, names: frozenset[str], got: int, wants: int) -> None:
     if name not in names:
-        near = get_close_matches(name, sorted(names), 1)
-        raise ValueError(f"uses `{name}(...)`, which there is not" + (f": did you mean `{near[0]}`?" if near else ""))
+        raise ValueError(f"uses `{name}(...)`, which there is not{nearest(name, names)}")
     if got != wants:
         raise ValueError(f"uses `{name}(...)` with {got} arguments; it takes {wants}")
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gateway.program.bounds import Bound, bound
+from gateway.program.bounds import bound
 from gateway.program.check_input import misfits
 from gateway.program.expressions import Compiled, ExpressionFailed, compile_expression, evaluate, split
 from gateway.program.model import Agent, Block, Call, Choose, Expression, Json, Loop, Map, Node, Parallel, Program, Template
-from gateway.program.reader import join, nearest
+from gateway.program.problems import nearest
+from gateway.program.reader import join
 from gateway.types import Kind, Target
 
 Severity = Literal["error", "warning"]
@@ -292,6 +293,3 @@ def _strings(value: Json, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _strings(item, join(path, key))
-
-
-__all__ = ["Bound", "Finding", "blocks_of", "bound", "check"]

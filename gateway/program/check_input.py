@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from gateway.program.expressions import Compiled, split
 from gateway.program.model import Json
-from gateway.program.reader import join, nearest
+from gateway.program.problems import nearest
+from gateway.program.reader import join
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "null": (type(None),),

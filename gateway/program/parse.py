@@ -32,8 +32,8 @@ from gateway.program.model import (
     Retry,
     Tool,
 )
-from gateway.program.problems import ProgramInvalid
-from gateway.program.reader import NAMES_OF_OURS, Reader, join, nearest
+from gateway.program.problems import ProgramInvalid, nearest
+from gateway.program.reader import NAMES_OF_OURS, Reader, join
 from gateway.program.text import MOST_DEPTH, depth, read
 from gateway.types import Kind, Lane
 

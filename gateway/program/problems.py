@@ -1,6 +1,7 @@
 """What can go wrong with a program: mistakes of its text, all at once, and the failure of one of its runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class ProgramInvalid(Exception):
@@ -22,3 +23,9 @@ class RunFailed(Exception):
         self.step_id = step_id
         self.message = message
         self.reason = reason
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` did you mean ...?` for a name that is close to one of those, else nothing."""
+    near = get_close_matches(name, sorted(names), 1)
+    return f": did you mean `{near[0]}`?" if near else ""

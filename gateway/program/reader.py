@@ -3,10 +3,10 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import TypeVar
 
 from gateway.program.model import Expression, Json, Template
+from gateway.program.problems import nearest
 
 RESERVED = frozenset(
     "true false null in as break const continue else for function if import let loop package namespace return var void while".split()
@@ -16,12 +16,6 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
 T = TypeVar("T")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` did you mean ...?` for a name that is close to one of those, else nothing."""
-    near = get_close_matches(name, sorted(names), 1)
-    return f": did you mean `{near[0]}`?" if near else ""
 
 
 class Reader:
