@@ -92,10 +92,12 @@ class NatsSection(Section):
 
 
 class RegionSection(Section):
-    """A place with workers. Without nats_urls it shares the servers of [nats]; in this version all regions must have the same ones."""
+    """A place with workers. Without nats_urls it shares the servers of [nats]. A region with servers of its own has a JetStream domain of
+    its own (`jetstream { domain: iad }` in their configuration), and is connected with the others by leaf nodes."""
 
     name: RegionName
     nats_urls: tuple[str, ...] = ()
+    domain: str = ""  # of JetStream; needed with nats_urls
     round_trip_ms: dict[RegionName, Annotated[float, Field(ge=0)]] = {}
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from gateway.run_types import Placement, RoundTrips, RunOrder, RunStatus
 from gateway.types import (
     Completed,
     Flow,
@@ -64,6 +65,34 @@ class StepService(Protocol):
     def targets(self, kind: Kind | None = None) -> Sequence[TargetStatus]: ...
 
 
+class RunService(Protocol):
+    """What the ingress needs for runs. Orders are checked by then: identity, ids, sizes, program, targets, input; `order.id` is empty.
+
+    Everything raises the errors of `gateway.errors`. A run that fails is raised as the error that its result stands for.
+    """
+
+    def run(self, order: RunOrder) -> AsyncGenerator[RunStatus | StepEvent | Completed, None]:
+        """Its status once it is accepted (durably), its events (tokens of content type RUN_EVENT; STARTED), its result as the last item.
+        The run goes on when nobody listens any more."""
+        ...
+
+    async def submit_run(self, order: RunOrder) -> tuple[RunStatus, bool]:
+        """The run, and whether this call accepted it (False: the key was used before). Raises AlreadyExists."""
+        ...
+
+    async def run_status(self, tenant: str, run_id: str) -> RunStatus:
+        """Raises NotFound."""
+        ...
+
+    def watch_run(self, tenant: str, run_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]: ...
+
+    async def cancel_run(self, tenant: str, run_id: str) -> RunStatus: ...
+
+    async def place(self, order: RunOrder) -> Placement:
+        """Where the run would be placed now, without running it."""
+        ...
+
+
 class Tracer(Protocol):
     """Trace context and spans of a step, for the kernel."""
 
@@ -112,7 +141,9 @@ class GatewayBus(Protocol):
 
     async def job(self, tenant: str, job_id: str) -> Job | None: ...
 
-    async def result(self, tenant: str, step_id: str) -> StepResult | None: ...
+    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+        """The stored result of a job or a run; the region that has it is in the id."""
+        ...
 
     async def is_queued(self, step: Step, region: str) -> bool:
         """True while the step is stored in its queue: waiting for a worker, or held by one that has not acknowledged it."""
@@ -137,8 +168,25 @@ class GatewayBus(Protocol):
         """
         ...
 
+    async def hear(self, mark: str) -> Subscription:
+        """From when this returns, results of steps whose ids begin with these eight characters reach `execute` by the shortest way."""
+        ...
+
+    def resume(self, step: Step, region: str) -> "Future[StepResult]":
+        """Like `execute` for a step that is stored in the region's queue already, perhaps by another process: waits for its result."""
+        ...
+
+    async def locate(self, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
+        """For a step that may have been sent before, to any of these regions: its result if one is stored, and the region in whose queue
+        it is, empty for none. Regions that do not answer are taken to have neither. Raises Unavailable when none answers."""
+        ...
+
     def targets(self) -> Mapping[str, Target]:
         """The live catalogue by scope (`tool.docs`), as workers announced it."""
+        ...
+
+    def round_trips(self) -> RoundTrips:
+        """What workers of all regions have measured."""
         ...
 
     def workers(self) -> Sequence[WorkerInfo]:
@@ -245,9 +293,11 @@ class WorkerBus(Protocol):
 
     async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> Puller: ...
 
-    async def result(self, tenant: str, step_id: str) -> StepResult | None: ...
+    async def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:
+        """The stored result, as the region has it whose results stream decides: see `subjects.result_region`."""
+        ...
 
-    async def commit(self, result: StepResult, keep_s: float) -> bool: ...
+    async def commit(self, result: StepResult, keep_s: float, region: str) -> bool: ...
 
     async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
         """Notes that the step was handed back, then naks. When the note cannot be written it naks all the same."""
