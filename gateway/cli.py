@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gateway import __version__, cli_client, cli_doctor, cli_plugins, cli_program
+from gateway import __version__, cli_client, cli_doctor, cli_plugins, cli_program, cli_runs
 from gateway.cli_common import ConfigFile, Group, run_async
 from gateway.config import Config, load
 from gateway.supervised import PartFailed
@@ -176,6 +176,7 @@ cli_client.register(app)
 cli_doctor.register(app)
 cli_plugins.register(app)
 cli_program.register(app)
+cli_runs.register(app)
 app.add_typer(config_app, name="config")
 
 if __name__ == "__main__":

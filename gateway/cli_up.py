@@ -25,7 +25,7 @@ def settle(config: Config, is_default: bool, listen: str, nats: str, triton: str
     if nats:
         config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": tuple(nats.split(","))})})
     if triton:
-        config = config.model_copy(update={"triton": config.triton.model_copy(update={"url": triton})})
+        config = config.model_copy(update={"triton": config.triton.model_copy(update={"url": triton, "urls": ()})})
     if is_default:
         # Without a file there are no keys either: a newcomer can call, from this machine only, and has something to call.
         host, _ = addresses.split(config.gateway.listen)

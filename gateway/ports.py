@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway.run_types import Placement, RoundTrips, RunOrder, RunStatus
+from gateway.run_types import OpenRun, Placement, RoundTrips, RunOrder, RunRecord, RunStatus
 from gateway.types import (
     Completed,
     Flow,
@@ -91,6 +91,68 @@ class RunService(Protocol):
     async def place(self, order: RunOrder) -> Placement:
         """Where the run would be placed now, without running it."""
         ...
+
+
+class LeaseLost(Exception):
+    """Another runner has taken the run over: this one must stop, and say nothing more about it."""
+
+
+class RunJournal(Protocol):
+    """What happened in a run, kept in the region that executes it. One runner at a time can append."""
+
+    async def read(self) -> Sequence[bytes]:
+        """All entries, in order; `append` goes on after the last. Raises Unavailable."""
+        ...
+
+    async def append(self, entry: bytes) -> None:
+        """Returns when it is stored. Raises LeaseLost when somebody else has appended since, Unavailable (then it may be stored; the
+        same entry again is safe), InvalidStep when it is too large for the transport."""
+        ...
+
+
+class RunStore(Protocol):
+    """Where runs are kept: the record at its origin, the journal where it runs. Everything raises Unavailable when the region that has
+    it does not answer."""
+
+    async def accept(self, record: RunRecord) -> tuple[RunRecord, bool]:
+        """Stores the record, and a mark that it is open, both or neither: True. False with the record that was there already."""
+        ...
+
+    async def find(self, tenant: str, run_id: str) -> RunRecord | None: ...
+
+    async def mark(self, tenant: str, run_id: str) -> OpenRun | None:
+        """None once the run has been closed."""
+        ...
+
+    async def open_runs(self, origin: str) -> Sequence[OpenRun]: ...
+
+    async def move(self, run: OpenRun, region: str) -> OpenRun | None:
+        """Notes that the run is placed elsewhere now; None when another keeper was first."""
+        ...
+
+    async def close_run(self, tenant: str, run_id: str) -> None:
+        """Takes the mark away: the run has its result."""
+        ...
+
+    async def send(self, record: RunRecord, region: str) -> None:
+        """Puts the token into the region's queue. Repeatable."""
+        ...
+
+    async def waits(self, record: RunRecord, region: str) -> bool:
+        """True while the token is in the region's queue, or held by a runner. Does not ask for long."""
+        ...
+
+    async def withdraw(self, record: RunRecord, region: str) -> None:
+        """Takes the token out of the region's queue and tells the runner that has it to stop."""
+        ...
+
+    def journal(self, region: str, tenant: str, run_id: str, keep_s: float) -> RunJournal: ...
+
+    async def put_value(self, tenant: str, run_id: str, data: bytes, keep_s: float) -> str:
+        """Keeps a large value in the own region; returns its name, the same for the same bytes."""
+        ...
+
+    async def value(self, tenant: str, run_id: str, name: str, region: str) -> bytes | None: ...
 
 
 class Tracer(Protocol):
@@ -334,6 +396,16 @@ class Work(Protocol):
 
     @property
     def attempt(self) -> int: ...
+
+    @property
+    def queue_region(self) -> str:
+        """Whose queue it came from; not always the worker's own."""
+        ...
+
+    @property
+    def leaving(self) -> bool:
+        """When it is cancelled: True when this worker stops and another one will go on with the step."""
+        ...
 
     def remaining_s(self) -> float:
         """Time left until the step's deadline, at least 0."""

@@ -82,8 +82,8 @@ class Stack:
 
     @property
     def triton_url(self) -> str:
-        """Empty without Triton."""
-        return self.config.triton.url
+        """Empty without Triton; with several, all of them with commas between."""
+        return ",".join(self.config.triton.addresses)
 
     @property
     def config_file(self) -> Path:
@@ -192,8 +192,8 @@ class Stack:
             self._monitoring_url = f"http://127.0.0.1:{monitoring_port}"
             config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": urls})})
             servers.append(nats)
-        if config.triton.url and self._with_triton:
-            await parts.check_existing_triton(config.triton.url)
+        if config.triton.addresses and self._with_triton:
+            await parts.check_existing_triton(config.triton.addresses)
         elif self._with_triton:
             triton = parts.triton_part(
                 self.state_dir,
