@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway.run_types import Placement, RoundTrips, RunOrder, RunStatus
+from gateway.run_types import Placement, RoundTrip, RoundTrips, RunOrder, RunStatus
 from gateway.types import (
     Completed,
     Flow,
@@ -303,8 +303,8 @@ class WorkerBus(Protocol):
         """Notes that the step was handed back, then naks. When the note cannot be written it naks all the same."""
         ...
 
-    async def hand_backs(self, tenant: str, step_id: str) -> int:
-        """How often the step was handed back; what ended without a word, as when a worker died, is not among it."""
+    async def hand_backs(self, tenant: str, step_id: str, region: str) -> int:
+        """How often the step of this region's queue was handed back; what ended without a word, as when a worker died, is not among it."""
         ...
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
@@ -323,6 +323,18 @@ class WorkerBus(Protocol):
 
     async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
         """Answers replay requests: answer(tenant, step_id, attempt, after_sequence) is None for a step not executed here."""
+        ...
+
+    async def ping(self, region: str) -> float:
+        """Seconds until a worker of the region has answered. Raises Unavailable when none does within two seconds."""
+        ...
+
+    async def serve_ping(self) -> Subscription:
+        """Answers such requests for this worker's region; of several workers of a region one answers."""
+        ...
+
+    async def publish_round_trip(self, trip: RoundTrip) -> None:
+        """Tells gateways of all regions; they forget it after `round_trips.KEEP_S`."""
         ...
 
 

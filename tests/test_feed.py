@@ -48,7 +48,7 @@ class World:
             self.worker.publish_event(TENANT, event)
 
     async def commit(self, result: StepResult = RESULT) -> None:
-        await self.worker.commit(result, 60.0)
+        await self.worker.commit(result, 60.0, "home")
 
     async def _look(self) -> StepResult | None:
         self.looks += 1

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep, Unavailable
@@ -74,7 +75,7 @@ class StepLife:
             result = self._before(held)
             # A job's first delivery too: it may have been cancelled while the delivery was on its way.
             if result is None and (held.attempt > 1 or held.is_job):
-                stored = await self._bus.result(held.step.tenant, held.step.id)
+                stored = await self._bus.result(held.step.tenant, held.step.id, _result_region(held))
                 if stored is not None:
                     held.phase = Phase.ENDING
                     self._answer(held, stored if held.delivery.reply_to else None)
@@ -117,7 +118,7 @@ class StepLife:
         if held.attempt <= target.max_deliver:
             return False
         step = held.step
-        return held.attempt - await self._bus.hand_backs(step.tenant, step.id) > target.max_deliver
+        return held.attempt - await self._bus.hand_backs(step.tenant, step.id, held.delivery.queue.region) > target.max_deliver
 
     def _before(self, held: Held) -> StepResult | None:
         """The result of a step that must not start."""
@@ -175,16 +176,16 @@ class StepLife:
 
     async def _commit(self, held: Held, result: StepResult) -> tuple[StepResult, bool]:
         """The result as it was offered, and whether it is the one that counts."""
-        keep_s = self._keep_s
+        keep_s, region = self._keep_s, _result_region(held)
         if held.is_job:
             keep_s = self._job_keep_s + held.remaining_s() + JOB_RESULT_KEEP_S
         try:
-            return result, await self._bus.commit(result, keep_s)
+            return result, await self._bus.commit(result, keep_s, region)
         except InvalidStep as error:
             if result.status is not Status.DONE:
                 raise
             result = self._outcomes.failed(held, error)
-            return result, await self._bus.commit(result, keep_s)
+            return result, await self._bus.commit(result, keep_s, region)
 
     def _answer(self, held: Held, result: StepResult | None) -> None:
         """None when nobody has to be told: no gateway waits, the commit told it, or another result was first and its worker tells."""
@@ -201,3 +202,7 @@ class StepLife:
             if held.phase is Phase.WAITING:
                 held.log.add(EventKind.STARTED)
         return held.log
+
+
+def _result_region(held: Held) -> str:
+    return subjects.result_region(held.step.id, held.delivery.queue.region)
