@@ -98,7 +98,7 @@ class RegionSection(Section):
 
     name: RegionName
     nats_urls: tuple[str, ...] = ()
-    domain: str = ""  # of JetStream; needed with nats_urls
+    domain: str = ""  # of JetStream; needed when regions have different servers
     round_trip_ms: dict[RegionName, Annotated[float, Field(ge=0)]] = {}
 
 
@@ -294,6 +294,15 @@ class Config(Section):
         own = next((section.nats_urls for section in self.regions if section.name == region), ())
         return own or self.nats.urls
 
+    def domain(self, region: str) -> str:
+        """The JetStream domain of the region's servers; empty when all regions share them."""
+        return next((section.domain for section in self.regions if section.name == region), "")
+
+    def site(self, region: str) -> tuple[str, ...]:
+        """The regions that share the region's servers, itself included."""
+        domain = self.domain(region)
+        return tuple(section.name for section in self.regions if section.domain == domain)
+
 
 def _problems_across(config: Config) -> list[str]:
     """Mistakes that no section can see alone."""
@@ -306,18 +315,39 @@ def _problems_across(config: Config) -> list[str]:
     for where, region in uses:
         if region not in names:
             problems.append(f"{where}: there is no region {region!r} in [[regions]]{_nearest(region, names)}")
-    if len({frozenset(config.nats_urls(name)) for name in names}) > 1:
-        problems.append(
-            "regions: they do not all have the same NATS servers, which is not supported in this version yet:"
-            " remove nats_urls from every region and name the servers in [nats] urls"
-        )
     for index, section in enumerate(config.targets):
         if section.regions and section.home_region not in section.regions:
             problems.append(f"targets.{index}.regions: its home_region {section.home_region!r} is not among them")
+    problems += _server_problems(config)
     scopes = [f"targets: {section.kind.value} {section.name}" for section in config.targets]
     tools = [f"tools.http: {tool.name}" for tool in config.tools.http]
     for twice in {item for items in (list(names), scopes, tools) for item in items if items.count(item) > 1}:
         problems.append(f"{twice}: is there more than once")
+    return problems
+
+
+def _server_problems(config: Config) -> list[str]:
+    """Streams of different servers are told apart by their domain alone, so each group of servers needs one, and one only."""
+    problems, servers = [], {region.name: frozenset(config.nats_urls(region.name)) for region in config.regions}
+    apart = len(set(servers.values())) > 1
+    by_domain: dict[str, frozenset[str]] = {}
+    by_servers: dict[frozenset[str], str] = {}
+    for index, region in enumerate(config.regions):
+        where = f"regions.{index}.domain"
+        if region.domain and not subjects.is_id(region.domain):
+            problems.append(f"{where}: {region.domain!r} is not a domain: {subjects.ID_RULE}")
+        elif region.domain and not region.nats_urls:
+            problems.append(f"{where}: a region with a domain needs nats_urls, the servers of this domain")
+        elif apart and not region.domain:
+            own = "its servers" if region.nats_urls else "the servers of [nats], which it shares,"
+            problems.append(
+                f"{where}: region {region.name!r} needs nats_urls and a domain, since regions have different servers:"
+                f" without a domain the others cannot reach the streams of {own}"
+            )
+        elif by_domain.setdefault(region.domain, servers[region.name]) != servers[region.name]:
+            problems.append(f"{where}: {region.domain!r} is the domain of a region with other servers already")
+        elif by_servers.setdefault(servers[region.name], region.domain) != region.domain:
+            problems.append(f"{where}: a region with the same servers has another domain; they are one domain")
     return problems
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway.run_types import OpenRun, Placement, RoundTrips, RunOrder, RunRecord, RunStatus
+from gateway.run_types import OpenRun, Placement, RoundTrip, RoundTrips, RunOrder, RunRecord, RunStatus
 from gateway.types import (
     Completed,
     Flow,
@@ -219,8 +219,15 @@ class GatewayBus(Protocol):
         """Removes the step from the queue and tells the worker that may execute it to stop."""
         ...
 
-    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
-        """Calls on_event for each event from now on. The subscription is active at the server when this returns."""
+    async def watch(
+        self,
+        tenant: str,
+        step_id: str,
+        on_event: Callable[[StepEvent], None],
+        on_result: Callable[[StepResult], None] | None = None,
+    ) -> Subscription:
+        """Calls on_event for each event from now on, and on_result for the result as it is stored, after the events that were told before
+        it. The subscription is active at the server when this returns."""
         ...
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
@@ -309,6 +316,10 @@ class Delivery(Protocol):
         """To be delivered again after delay_s. Counts as a delivery that failed: a worker uses `WorkerBus.hand_back`."""
         ...
 
+    def let_go(self) -> None:
+        """Says nothing more about it: somebody else has it by now, or its hold runs out."""
+        ...
+
     def in_progress(self) -> None:
         """Extends the hold by another AckWait."""
         ...
@@ -365,8 +376,8 @@ class WorkerBus(Protocol):
         """Notes that the step was handed back, then naks. When the note cannot be written it naks all the same."""
         ...
 
-    async def hand_backs(self, tenant: str, step_id: str) -> int:
-        """How often the step was handed back; what ended without a word, as when a worker died, is not among it."""
+    async def hand_backs(self, tenant: str, step_id: str, region: str) -> int:
+        """How often the step of this region's queue was handed back; what ended without a word, as when a worker died, is not among it."""
         ...
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
@@ -385,6 +396,18 @@ class WorkerBus(Protocol):
 
     async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
         """Answers replay requests: answer(tenant, step_id, attempt, after_sequence) is None for a step not executed here."""
+        ...
+
+    async def ping(self, region: str) -> float:
+        """Seconds until a worker of the region has answered. Raises Unavailable when none does within two seconds."""
+        ...
+
+    async def serve_ping(self) -> Subscription:
+        """Answers such requests for this worker's region; of several workers of a region one answers."""
+        ...
+
+    async def publish_round_trip(self, trip: RoundTrip) -> None:
+        """Tells gateways of all regions; they forget it after `round_trips.KEEP_S`."""
         ...
 
 

@@ -11,6 +11,7 @@ from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import Rejected
 from gateway.ports import Delivery, Queue
+from gateway.run_types import RoundTrip
 from gateway.testing_clock import ManualClock
 from gateway.types import Job, Kind, Lane, Step, StepEvent, StepResult, Target, WorkerInfo
 
@@ -74,6 +75,9 @@ class MemoryDelivery:
             self._ended = True
             self._broker.hold(self._stored, delay_s)
 
+    def let_go(self) -> None:
+        self._ended = True
+
     def in_progress(self) -> None:
         if not self._ended:
             self._broker.hold(self._stored, self._broker.config.nats.ack_wait_s)
@@ -88,7 +92,7 @@ class Broker:
     max_payload_bytes: int
     steps: dict[str, Stored] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
-    hand_backs: Counter[tuple[str, str]] = field(default_factory=Counter)  # by tenant and step id
+    hand_backs: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by region, tenant and step id
     results: dict[str, tuple[StepResult, float]] = field(default_factory=dict)
     dead: dict[str, DeadLetter] = field(default_factory=dict)
     targets: dict[str, Target] = field(default_factory=dict)
@@ -96,7 +100,10 @@ class Broker:
     pullers: list[MemoryPuller] = field(default_factory=list)
     watchers: dict[str, list[Callable[[StepEvent], None]]] = field(default_factory=lambda: defaultdict(list))
     waiting: dict[str, Callable[[StepResult], None]] = field(default_factory=dict)
+    hearers: dict[str, list[Callable[[StepResult], None]]] = field(default_factory=lambda: defaultdict(list))
     cancellers: list[Callable[[str, str], None]] = field(default_factory=list)
+    pingers: Counter[str] = field(default_factory=Counter)  # workers that answer, by region
+    round_trips: dict[str, tuple[RoundTrip, float]] = field(default_factory=dict)  # by key, with the time
     replayers: list[Callable[[str, str, int, int], Sequence[StepEvent] | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -163,18 +170,18 @@ class Broker:
         self.hold(stored, self.config.nats.ack_wait_s)
         puller.on_delivery(MemoryDelivery(self, stored, puller.queue, pending))
 
-    def commit(self, result: StepResult, keep_s: float) -> bool:
-        subject = subjects.result(result.tenant, result.step_id)
-        if self.result(result.tenant, result.step_id) is not None:
+    def commit(self, result: StepResult, keep_s: float, region: str) -> bool:
+        if self.result(result.tenant, result.step_id, region) is not None:
             return False
+        subject = subjects.result(region, result.tenant, result.step_id)
         self.results[subject] = (result, self.clock.now_s() + max(1.0, keep_s))
-        waiting = self.waiting.get(subjects.reply(result.step_id[: subjects.MARK_LENGTH], result.step_id))
-        if waiting is not None:
-            waiting(result)
+        reply = subjects.reply(result.step_id[: subjects.MARK_LENGTH], result.step_id)
+        for hearer in (*self.hearers[reply], *filter(None, [self.waiting.get(reply)])):
+            hearer(result)
         return True
 
-    def result(self, tenant: str, step_id: str) -> StepResult | None:
-        found = self.results.get(subjects.result(tenant, step_id))
+    def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:
+        found = self.results.get(subjects.result(region, tenant, step_id))
         return None if found is None or found[1] <= self.clock.now_s() else found[0]
 
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from gateway import subjects
+from gateway import round_trips, subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import Expired, InvalidStep, NearloopError, Unavailable
 from gateway.ports import Delivery, Queue, Subscription
+from gateway.run_types import RoundTrip, RoundTrips
 from gateway.testing_broker import Broker, DeadLetter, MemoryPuller
 from gateway.types import Job, Payload, Step, StepEvent, StepResult, Target, WorkerInfo
 
@@ -53,13 +55,6 @@ class _Side:
     async def close(self) -> None:
         self.connected = False
 
-    async def result(self, tenant: str, step_id: str) -> StepResult | None:
-        return self._broker.result(tenant, step_id)
-
-    async def commit(self, result: StepResult, keep_s: float) -> bool:
-        self._check_size(result.output)
-        return self._broker.commit(result, keep_s)
-
     def _check_size(self, payload: Payload) -> None:
         size, limit = len(payload.data), self._broker.max_payload_bytes
         if size > limit:
@@ -74,6 +69,7 @@ class MemoryGatewayBus(_Side):
         self._mark = gateway_id.ljust(subjects.MARK_LENGTH, "-")[: subjects.MARK_LENGTH]
         self._numbers = itertools.count(1)
         self._futures: dict[str, asyncio.Future[StepResult]] = {}
+        self._heard: Counter[str] = Counter()  # other marks that this gateway listens to, and how often
 
     async def close(self) -> None:
         await super().close()
@@ -88,36 +84,85 @@ class MemoryGatewayBus(_Side):
     def new_id(self) -> str:
         return f"{self._mark}{next(self._numbers)}"
 
+    def _reply_to(self, step_id: str) -> str:
+        mark = step_id[: subjects.MARK_LENGTH]
+        return subjects.reply(mark if mark in self._heard else self._mark, step_id)
+
     def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        if step.id in self._futures:
-            self._fail(future, InvalidStep([("id", f"{step.id} is being executed already")]))
+        if not self._may_wait(step, future):
             return future
-        reply_to = subjects.reply(self._mark, step.id)
+        reply_to = self._reply_to(step.id)
         try:
             self._check_size(step.input)
-            if (known := self._broker.result(step.tenant, step.id)) is not None:
+            known = self._broker.result(step.tenant, step.id, subjects.result_region(step.id, region))
+            if known is not None:
                 future.set_result(known)
                 return future
             self._broker.store(step, region, reply_to)
         except NearloopError as error:
             self._fail(future, error)
             return future
+        self._wait(step, region, future, reply_to)
+        return future
 
+    def resume(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        if self._may_wait(step, future):
+            known = self._broker.result(step.tenant, step.id, subjects.result_region(step.id, region))
+            if known is not None:
+                future.set_result(known)
+            else:
+                self._wait(step, region, future, subjects.reply(step.id[: subjects.MARK_LENGTH], step.id))
+        return future
+
+    def _may_wait(self, step: Step, future: "asyncio.Future[StepResult]") -> bool:
+        if step.id in self._futures:
+            self._fail(future, InvalidStep([("id", f"{step.id} is being executed already")]))
+            return False
+        return True
+
+    def _wait(self, step: Step, region: str, future: "asyncio.Future[StepResult]", reply_to: str) -> None:
         def on_result(result: StepResult) -> None:
             if result.tenant == step.tenant and not future.done():
                 future.set_result(result)
 
         def forget(_: "asyncio.Future[StepResult]") -> None:
             self._futures.pop(step.id, None)
-            self._broker.waiting.pop(reply_to, None)
+            if self._broker.waiting.get(reply_to) is on_result:
+                del self._broker.waiting[reply_to]
 
         self._futures[step.id] = future
         self._broker.waiting[reply_to] = on_result
         future.add_done_callback(forget)
         late = Expired("the deadline passed before the step was done", scope=region)
         self._broker.call_later(max(0.0, step.deadline_s - self._broker.clock.wall_s()), lambda: self._fail(future, late))
-        return future
+
+    async def hear(self, mark: str) -> Subscription:
+        if len(mark) != subjects.MARK_LENGTH or not subjects.is_id(mark):
+            raise ValueError(f"{mark!r} is not a mark")
+        self._heard[mark] += 1
+        return _MemorySubscription(lambda: self._unhear(mark))
+
+    def _unhear(self, mark: str) -> None:
+        self._heard[mark] -= 1
+        if not self._heard[mark]:
+            del self._heard[mark]
+
+    async def locate(self, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
+        queued = next((region for region in regions if self._queued(step, region)), "")
+        found = (self._broker.result(step.tenant, step.id, subjects.result_region(step.id, region)) for region in regions)
+        return next((result for result in found if result is not None), None), queued
+
+    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+        return self._broker.result(tenant, step_id, self._result_region(step_id))
+
+    async def commit(self, result: StepResult, keep_s: float) -> bool:
+        self._check_size(result.output)
+        return self._broker.commit(result, keep_s, self._result_region(result.step_id))
+
+    def _result_region(self, step_id: str) -> str:
+        return subjects.result_region(step_id, self._broker.config.gateway.region)
 
     async def submit(self, job: Job) -> tuple[Job, bool]:
         self._check_size(job.step.input)
@@ -131,6 +176,9 @@ class MemoryGatewayBus(_Side):
         return self._broker.jobs.get(subjects.job(subjects.job_region(job_id), tenant, job_id))
 
     async def is_queued(self, step: Step, region: str) -> bool:
+        return self._queued(step, region)
+
+    def _queued(self, step: Step, region: str) -> bool:
         return subjects.step(region, step.kind, step.target, step.lane, step.id) in self._broker.steps
 
     async def withdraw(self, step: Step, region: str) -> None:
@@ -138,10 +186,25 @@ class MemoryGatewayBus(_Side):
         for callback in list(self._broker.cancellers):
             asyncio.get_running_loop().call_soon(callback, step.tenant, step.id)
 
-    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
+    async def watch(
+        self,
+        tenant: str,
+        step_id: str,
+        on_event: Callable[[StepEvent], None],
+        on_result: Callable[[StepResult], None] | None = None,
+    ) -> Subscription:
         watchers = self._broker.watchers[subjects.event(tenant, step_id)]
+        hearers = self._broker.hearers[subjects.reply(step_id[: subjects.MARK_LENGTH], step_id)]
+        hear = [] if on_result is None else [lambda result: on_result(result) if result.tenant == tenant else None]
         watchers.append(on_event)
-        return _MemorySubscription(lambda: watchers.remove(on_event))
+        hearers += hear
+
+        def end() -> None:
+            watchers.remove(on_event)
+            for one in hear:
+                hearers.remove(one)
+
+        return _MemorySubscription(end)
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
         answers = (answer(tenant, step_id, attempt, after_sequence) for answer in self._broker.replayers)
@@ -149,6 +212,10 @@ class MemoryGatewayBus(_Side):
 
     def targets(self) -> Mapping[str, Target]:
         return self._broker.targets
+
+    def round_trips(self) -> RoundTrips:
+        oldest_s = self._broker.clock.now_s() - round_trips.KEEP_S
+        return round_trips.collect(trip for trip, seen_s in self._broker.round_trips.values() if seen_s > oldest_s)
 
     def workers(self) -> Sequence[WorkerInfo]:
         oldest_s = self._broker.clock.now_s() - 3 * self._broker.config.worker.heartbeat_s
@@ -183,12 +250,19 @@ class MemoryWorkerBus(_Side):
         self._broker.pullers.append(puller)
         return puller
 
+    async def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:
+        return self._broker.result(tenant, step_id, region)
+
+    async def commit(self, result: StepResult, keep_s: float, region: str) -> bool:
+        self._check_size(result.output)
+        return self._broker.commit(result, keep_s, region)
+
     async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
-        self._broker.hand_backs[(delivery.step.tenant, delivery.step.id)] += 1
+        self._broker.hand_backs[(delivery.queue.region, delivery.step.tenant, delivery.step.id)] += 1
         delivery.nak(delay_s)
 
-    async def hand_backs(self, tenant: str, step_id: str) -> int:
-        return self._broker.hand_backs[(tenant, step_id)]
+    async def hand_backs(self, tenant: str, step_id: str, region: str) -> int:
+        return self._broker.hand_backs[(region, tenant, step_id)]
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
         step, region = delivery.step, delivery.queue.region
@@ -211,3 +285,16 @@ class MemoryWorkerBus(_Side):
     async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
         self._broker.replayers.append(answer)
         return _MemorySubscription(lambda: self._broker.replayers.remove(answer))
+
+    async def ping(self, region: str) -> float:
+        """The configured round trip, since in memory there is none."""
+        if not self._broker.pingers[region]:
+            raise Unavailable(f"no worker of region {region} answered")
+        return self._broker.config.round_trip_s(self._region, region)
+
+    async def serve_ping(self) -> Subscription:
+        self._broker.pingers[self._region] += 1
+        return _MemorySubscription(lambda: self._broker.pingers.subtract([self._region]))
+
+    async def publish_round_trip(self, trip: RoundTrip) -> None:
+        self._broker.round_trips[round_trips.key(trip)] = (trip, self._broker.clock.now_s())

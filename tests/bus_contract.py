@@ -40,9 +40,9 @@ class BusContract:
         for _ in futures:
             delivery = await inbox.next()
             assert delivery.answered_by_commit
-            assert await worker.commit(make_result(delivery.step), 60.0)
+            assert await worker.commit(make_result(delivery.step), 60.0, rig.region)
             late = make_result(delivery.step, status=Status.FAILED, code="INTERNAL", message="a later result is refused and told to nobody")
-            assert not await worker.commit(late, 60.0)
+            assert not await worker.commit(late, 60.0, rig.region)
             delivery.ack()
         assert [await done(future) for future in futures] == [make_result(step), make_result(elsewhere)]
 
@@ -103,7 +103,7 @@ class BusContract:
         with pytest.raises(InvalidStep):
             await gateway.submit(_job(rig.region, make_step(rig, input=large)))
         with pytest.raises(InvalidStep):
-            await worker.commit(make_result(make_step(rig), output=large), 60.0)
+            await worker.commit(make_result(make_step(rig), output=large), 60.0, rig.region)
         inbox = await pull(rig, worker, 1)
         future = gateway.execute(make_step(rig), rig.region)
         delivery = await inbox.next()
@@ -183,10 +183,12 @@ class BusContract:
         gateway, worker = await rig.gateway(), await rig.worker()
         step = make_step(rig)
         assert await gateway.result(step.tenant, step.id) is None
-        answers = await asyncio.gather(*(worker.commit(make_result(step, worker=f"w{n}", attempt=n), 60.0) for n in range(1, 9)))
+        answers = await asyncio.gather(
+            *(worker.commit(make_result(step, worker=f"w{n}", attempt=n), 60.0, rig.region) for n in range(1, 9))
+        )
         assert sum(answers) == 1
         assert not await gateway.commit(make_result(step, status=Status.EXPIRED, worker="g1"), 60.0)
-        stored = await worker.result(step.tenant, step.id)
+        stored = await worker.result(step.tenant, step.id, rig.region)
         assert stored == make_result(step, worker=f"w{answers.index(True) + 1}", attempt=answers.index(True) + 1)
 
 

@@ -32,15 +32,15 @@ class QueueContract:
         step = make_step(rig)
         future = gateway.execute(step, rig.region)
         await worker.hand_back(await inbox.next(), 0.0)
-        assert await other.hand_backs(step.tenant, step.id) == 1
+        assert await other.hand_backs(step.tenant, step.id, rig.region) == 1
         await other.hand_back(await inbox.next(), 0.05)
         rig.pass_time(0.1)
         assert (await inbox.next()).attempt == 3
         rig.pass_time(1.5)  # this one ends without a word
         delivery = await inbox.next()
-        assert (delivery.attempt, await worker.hand_backs(step.tenant, step.id)) == (4, 2)
-        assert await worker.hand_backs(step.tenant, make_step(rig).id) == 0
-        assert await worker.hand_backs("another", step.id) == 0
+        assert (delivery.attempt, await worker.hand_backs(step.tenant, step.id, rig.region)) == (4, 2)
+        assert await worker.hand_backs(step.tenant, make_step(rig).id, rig.region) == 0
+        assert await worker.hand_backs("another", step.id, rig.region) == 0
         await finish(worker, delivery, make_result(step, attempt=4))
         assert (await done(future)).attempt == 4
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.ports import Delivery, GatewayBus, Puller, Queue, WorkerBus
@@ -111,7 +112,7 @@ async def done(future: "asyncio.Future[StepResult]") -> StepResult:
 
 async def finish(worker: WorkerBus, delivery: Delivery, result: StepResult) -> bool:
     """What a worker does at the end of a step."""
-    first = await worker.commit(result, 60.0)
+    first = await worker.commit(result, 60.0, subjects.result_region(delivery.step.id, delivery.queue.region))
     if delivery.reply_to and not delivery.answered_by_commit:
         worker.reply(delivery.reply_to, result)
     delivery.ack()

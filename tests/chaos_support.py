@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stack_support import Broker, eventually, running
 
-from gateway import addresses, config, parts
+from gateway import addresses, config, parts, subjects
 from gateway.client import ClientJob, ClientResult, NearloopClient, RetryPolicy
 from gateway.edge import probes
 from gateway.errors import Rejected, Unavailable
@@ -178,7 +178,7 @@ class Case:
         return Counter(key for key in self._world.ledger.read_text().split() if key.startswith(f"{self.tenant}-"))
 
     async def results(self) -> dict[str, int]:
-        return await self._world.broker.subjects("NL_RESULTS", f"nl.result.{self.tenant}.>")
+        return await self._world.broker.subjects("NL_RESULTS", f"nl.result.*.{self.tenant}.>")
 
     async def until_called(self, count: int) -> None:
         await eventually(self.calls, lambda calls: len(calls) >= count, WITHIN_S, f"{count} calls at the ledger")
@@ -189,7 +189,7 @@ class Case:
     async def check_each_ended_once(self, jobs: Sequence[ClientJob]) -> None:
         """Every job is done, has one stored result, and left neither a step nor a dead letter."""
         assert Counter(job.state for job in jobs) == {JobState.DONE: JOBS}
-        assert await self.results() == {f"nl.result.{self.tenant}.{job.id}": 1 for job in jobs}
+        assert await self.results() == {subjects.result(subjects.job_region(job.id), self.tenant, job.id): 1 for job in jobs}
         await eventually(self._steps_left, lambda left: not left, 30, "the queues are empty")
         broker = self._world.broker
         records = await broker.subjects("NL_STEPS_HOME", f"nl.job.home.{self.tenant}.>")

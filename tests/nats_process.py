@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from gateway.addresses import free_port
 from gateway.edge.server_config import server_config
@@ -23,10 +24,12 @@ def find_server() -> str:
 class NatsProcess:
     """start, kill (-9) and start again keep port and store."""
 
-    def __init__(self, folder: Path, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> None:
+    def __init__(self, folder: Path, max_payload_bytes: int = MAX_PAYLOAD_BYTES, **options: Any) -> None:
+        """options: of `server_config`."""
+        folder.mkdir(exist_ok=True)
         self._folder, self.port = folder, free_port()
         self._config = folder / "nats.conf"
-        self._config.write_text(server_config(self.port, str(folder / "store"), max_payload_bytes=max_payload_bytes))
+        self._config.write_text(server_config(self.port, str(folder / "store"), max_payload_bytes=max_payload_bytes, **options))
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

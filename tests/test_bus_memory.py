@@ -6,6 +6,7 @@ import pytest
 from bus_contract import BusContract
 from bus_contract_live import LiveContract
 from bus_contract_queues import QueueContract
+from bus_contract_recovery import RecoveryContract
 from bus_rig import DeadEntry, MakeRig, make_result, make_step, pull
 
 from gateway import config
@@ -20,7 +21,9 @@ class MemoryRig:
         self.region, self.other_region, self.tenant = "here", "there", "t1"
         self.target = Target(Kind.TOOL, f"echo-{secrets.token_hex(4)}")
         regions = [{"name": "home"}, {"name": self.region}, {"name": self.other_region}]
-        self.config = config.parse({"nats": settings, "regions": regions, "worker": {"heartbeat_s": heartbeat_s}})
+        self.config = config.parse(
+            {"gateway": {"region": self.region}, "nats": settings, "regions": regions, "worker": {"heartbeat_s": heartbeat_s}}
+        )
         self.clock = ManualClock()
         self.bus = MemoryBus(self.config, self.clock, max_payload_bytes=1024 * 1024)
 
@@ -50,7 +53,7 @@ def make_rig() -> MakeRig:
     return make
 
 
-class TestMemoryBus(BusContract, QueueContract, LiveContract):
+class TestMemoryBus(BusContract, QueueContract, LiveContract, RecoveryContract):
     async def test_progress_extends_a_hold(self) -> None:
         rig = MemoryRig(ack_wait_s=10.0)
         gateway, worker = await rig.gateway(), await rig.worker()

@@ -9,6 +9,7 @@ import pytest
 from bus_contract import BusContract
 from bus_contract_live import LiveContract
 from bus_contract_queues import QueueContract
+from bus_contract_recovery import RecoveryContract
 from bus_rig import DeadEntry, MakeRig, done, eventually, eventually_true, finish, make_result, make_step, pull
 from nats_process import NatsProcess, free_port
 
@@ -90,7 +91,7 @@ async def make_rig(nats_server: NatsProcess) -> AsyncIterator[MakeRig]:
         await rig.close()
 
 
-class TestNatsBus(BusContract, QueueContract, LiveContract):
+class TestNatsBus(BusContract, QueueContract, LiveContract, RecoveryContract):
     async def test_a_foreign_message_in_a_queue_is_removed(self, make_rig: MakeRig) -> None:
         rig = await make_rig()
         assert isinstance(rig, NatsRig)
@@ -122,7 +123,7 @@ class TestNatsBus(BusContract, QueueContract, LiveContract):
         inbox = await pull(rig, worker, 1)
         future = gateway.execute(make_step(rig), rig.region)
         delivery = await inbox.next()
-        await worker.commit(make_result(delivery.step), 60.0)
+        await worker.commit(make_result(delivery.step), 60.0, rig.region)
         delivery.ack()  # and no reply
         gateway._dispatcher._look_soon()
         assert await done(future) == make_result(delivery.step)
@@ -224,8 +225,8 @@ class TestServerCrash:
         assert [result.output.data for result in results] == [step.input.data for step in steps]
         await asyncio.gather(*tasks)
         assert sorted(set(committed)) == sorted(committed)  # no step was won twice
-        info = await rig.js.api(f"STREAM.INFO.{subjects.RESULTS_STREAM}", {"subjects_filter": f"nl.result.{rig.tenant}.*"})
-        assert info["state"]["subjects"] == {subjects.result(step.tenant, step.id): 1 for step in steps}
+        info = await rig.js.api(f"STREAM.INFO.{subjects.RESULTS_STREAM}", {"subjects_filter": f"nl.result.{rig.region}.{rig.tenant}.*"})
+        assert info["state"]["subjects"] == {subjects.result(rig.region, step.tenant, step.id): 1 for step in steps}
         await eventually_true(lambda: _empty(rig))
 
     async def test_a_job_is_the_same_after_a_restart(self, crash_rig: NatsRig, own_nats_server: NatsProcess) -> None:

@@ -91,7 +91,7 @@ def test_a_job_comes_back(step: Step, created_s: float) -> None:
 @given(results)
 def test_a_result_comes_back(result: StepResult) -> None:
     raw = codec.result_headers(result)
-    for subject in (subjects.result(result.tenant, result.step_id), subjects.reply("g1", result.step_id)):
+    for subject in (subjects.result("home", result.tenant, result.step_id), subjects.reply("g1", result.step_id)):
         assert codec.read_result(subject, raw, result.output.data) == result
 
 
@@ -143,7 +143,7 @@ def test_what_is_not_a_step_is_an_error(raw: bytes) -> None:
     with pytest.raises((ValueError, KeyError)):
         codec.read_step("nl.step.home.tool.x.batch.id", h.parse(raw), b"")
     with pytest.raises((ValueError, KeyError)):
-        codec.read_result("nl.result.t.id", raw, b"")
+        codec.read_result("nl.result.home.t.id", raw, b"")
     with pytest.raises((ValueError, KeyError)):
         codec.read_event("id", raw, b"")
 

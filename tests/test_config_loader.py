@@ -35,23 +35,41 @@ def test_mistakes_across_sections() -> None:
     assert any("more than once" in problem for problem in found)
 
 
-NO_SEPARATE_SERVERS = "regions: they do not all have the same NATS servers, which is not supported in this version yet"
+def _region(name: str, url: str = "", domain: str = "") -> dict[str, object]:
+    return {"name": name} | ({"nats_urls": [url]} if url else {}) | ({"domain": domain} if domain else {})
+
+
+HOME = _region("home", "nats://me:secret@a", "hub")
+
+
+def test_regions_may_have_servers_of_their_own() -> None:
+    found = config.parse({"regions": [HOME, _region("iad", "nats://b", "iad"), _region("lab", "nats://me:secret@a", "hub")]})
+    assert [found.domain(name) for name in found.region_names] == ["hub", "iad", "hub"]
+    assert [found.site(name) for name in found.region_names] == [("home", "lab"), ("iad",), ("home", "lab")]
+    assert found.nats_urls("iad") == ("nats://b",)
+
+
+def test_regions_that_share_servers_are_one_site() -> None:
+    found = config.parse({"regions": [_region("home"), _region("iad")]})
+    assert (found.domain("iad"), found.site("iad")) == ("", ("home", "iad"))
 
 
 @pytest.mark.parametrize(
-    ("shared", "home", "iad"),
+    ("regions", "sentences"),
     [
-        ([], ["nats://me:secret@a"], []),
-        ([], ["nats://a"], ["nats://b"]),
-        (["nats://a"], ["nats://b"], []),
-        (["nats://a"], [], ["nats://a", "nats://b"]),
+        ([_region("home", "nats://a"), _region("iad", "nats://b")], ["0.domain: region 'home' needs", "1.domain: region 'iad' needs"]),
+        ([HOME, _region("iad")], ["1.domain: region 'iad' needs nats_urls and a domain"]),
+        ([HOME, _region("iad", "nats://b")], ["1.domain: region 'iad' needs nats_urls and a domain"]),
+        ([_region("home", "", "hub")], ["0.domain: a region with a domain needs nats_urls"]),
+        ([HOME, _region("iad", "nats://b", "hub")], ["1.domain: 'hub' is the domain of a region with other servers already"]),
+        ([HOME, _region("iad", "nats://me:secret@a", "iad")], ["1.domain: a region with the same servers has another domain"]),
+        ([HOME, _region("iad", "nats://b", "i.ad")], ["1.domain: 'i.ad' is not a domain: 1 to 64 letters"]),
     ],
 )
-def test_separate_servers_for_regions_are_not_supported_yet(shared: list[str], home: list[str], iad: list[str]) -> None:
-    regions = [{"name": "home", "nats_urls": home}, {"name": "iad", "nats_urls": iad}]
-    (found,) = problems({"nats": {"urls": shared}, "regions": regions})
-    assert found.startswith(NO_SEPARATE_SERVERS)
-    assert "secret" not in found
+def test_servers_that_cannot_be_told_apart_are_refused(regions: list[dict[str, object]], sentences: list[str]) -> None:
+    found = problems({"regions": regions})
+    assert [one.startswith(f"regions.{sentence}") for one, sentence in zip(found, sentences, strict=True)] == [True] * len(sentences)
+    assert "secret" not in "".join(found)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import pytest
 from bus_rig import WAIT_S, eventually
 
-from gateway.config import NatsSection
+from gateway.config import NatsSection, parse
 from gateway.edge.dispatch import Dispatcher
 from gateway.edge.jetstream import JetStream
 from gateway.edge.link import Link
+from gateway.edge.sites import Sites
 from gateway.errors import Expired, Unavailable
 from gateway.testing import ManualClock
 from gateway.types import Kind, Payload, Step, StepResult
@@ -52,8 +53,8 @@ class World:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.link, self.control = SilentLink(), SilentLink()
-        js = JetStream(self.control, NEVER_S)
-        self.dispatcher = Dispatcher(self.clock, self.link, self.link, js, PUBLISH_TIMEOUT_S)
+        sites = Sites(JetStream(self.control, NEVER_S), parse({}), "home")
+        self.dispatcher = Dispatcher(self.clock, self.link, self.link, sites, PUBLISH_TIMEOUT_S)
 
     def execute(self, step_id: str, within_s: float, *, stored: bool = True) -> "asyncio.Future[StepResult]":
         step = Step(step_id, "acme", Kind.TOOL, "echo", Payload(b"{}"), self.clock.wall_s() + within_s)

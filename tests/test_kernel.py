@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway import subjects
 from gateway.config import parse
 from gateway.errors import AlreadyExists, Cancelled, Expired, NotFound, Rejected, StepFailed, Unavailable
 from gateway.kernel import Kernel
@@ -60,7 +61,7 @@ class HandWorker:
     async def end(self, delivery: Delivery, status: Status = Status.DONE, **more: Any) -> None:
         step = delivery.step
         result = StepResult(step.id, step.tenant, status, step.input, delivery.attempt, "home", "w", 20, 30, **more)
-        await self.bus.commit(result, 60)
+        await self.bus.commit(result, 60, subjects.result_region(step.id, delivery.queue.region))
         if delivery.reply_to:
             self.bus.reply(delivery.reply_to, result)
         self.bus.publish_event(step.tenant, StepEvent(step.id, EventKind.ENDED, delivery.attempt, 99))

@@ -43,6 +43,7 @@ class Pulling:
         self.loop = PullLoop(
             self.link,  # type: ignore[arg-type]
             self.clock,
+            "$JS.API",
             "S",
             "c",
             "near",

@@ -182,7 +182,7 @@ class TestJobs:
             assert (await world.client.cancel(job.id)).state is JobState.CANCELLED
         with pytest.raises(Cancelled):
             [_ async for _ in world.client.watch(job.id, timeout_s=10)]
-        results = await world.broker.subjects("NL_RESULTS", f"nl.result.local.{job.id}")
+        results = await world.broker.subjects("NL_RESULTS", f"nl.result.*.local.{job.id}")
         assert list(results.values()) == [1]
 
     async def test_a_job_that_has_ended_is_not_cancelled(self, world: World) -> None:

@@ -76,10 +76,10 @@ class Bus:
     def __init__(self) -> None:
         self.results: dict[str, StepResult] = {}
 
-    async def result(self, tenant: str, step_id: str) -> StepResult | None:
+    async def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:
         return None
 
-    async def commit(self, result: StepResult, keep_s: float) -> bool:
+    async def commit(self, result: StepResult, keep_s: float, region: str) -> bool:
         self.results[result.step_id] = result
         return True
 
@@ -134,7 +134,14 @@ async def test_each_result_tells_the_average_with_its_own_wait_but_not_that_of_j
     outcomes.waits.add("other", 77, clock.now_s())
     step = Step("s1", "acme", Kind.TOOL, "echo", Payload(), clock.wall_s() + 60)
     delivery: Any = SimpleNamespace(
-        step=step, attempt=attempt, queued_us=500_000, reply_to=reply_to, answered_by_commit=False, pending=0, ack=lambda: None
+        step=step,
+        queue=Queue("home", step.kind, step.target, step.lane),
+        attempt=attempt,
+        queued_us=500_000,
+        reply_to=reply_to,
+        answered_by_commit=False,
+        pending=0,
+        ack=lambda: None,
     )
     held = Held(cast(Delivery, delivery), cast(WorkerLane, None), clock)
     held.found_full = found_full

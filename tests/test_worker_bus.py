@@ -54,7 +54,7 @@ async def test_what_comes_while_a_puller_closes_is_counted_as_handed_back(rig: N
     gateway.execute(step, rig.region)
 
     async def counted() -> bool:
-        return await worker.hand_backs(step.tenant, step.id) == 1
+        return await worker.hand_backs(step.tenant, step.id, rig.region) == 1
 
     await eventually_true(counted)
     assert closed.waiting.empty()

@@ -94,7 +94,7 @@ class WatchedBus(MemoryWorkerBus):
 
     def has(self, result: StepResult) -> StepResult:
         """Somebody committed this result before."""
-        assert self.broker.commit(result, 60.0)
+        assert self.broker.commit(result, 60.0, "home")
         return result
 
     def order(self, step_id: str) -> list[str]:
@@ -108,10 +108,10 @@ class WatchedBus(MemoryWorkerBus):
 
         return await super().consume(queue, watch)
 
-    async def commit(self, result: StepResult, keep_s: float) -> bool:
+    async def commit(self, result: StepResult, keep_s: float, region: str) -> bool:
         if self.down:
             raise Unavailable("the transport is down")
-        first = await super().commit(result, keep_s)
+        first = await super().commit(result, keep_s, region)
         self.journal.append(("commit", result.step_id))
         self.keeps[result.step_id] = keep_s
         return first
@@ -265,7 +265,7 @@ async def test_a_result_that_came_second_is_not_answered(make: Make) -> None:
     theirs = rig.bus.has(StepResult("s1", "acme", Status.DONE))
     assert await rig.ended(rig.bus.put(step("s1"))) == "ack"
     assert rig.bus.replies == []
-    assert await rig.bus.result("acme", "s1") is theirs
+    assert await rig.bus.result("acme", "s1", "home") is theirs
 
 
 async def test_a_redelivered_step_with_a_result_is_only_answered(make: Make) -> None:
@@ -282,7 +282,7 @@ async def test_a_job_with_a_result_is_not_started(make: Make) -> None:
     assert await rig.ended(rig.bus.put(step("s1"), reply_to="")) == "ack"
     assert rig.executor.started == []
     assert rig.bus.order("s1") == ["ack"]
-    assert await rig.bus.result("acme", "s1") is cancelled
+    assert await rig.bus.result("acme", "s1", "home") is cancelled
     assert [event.kind for event in rig.bus.events] == [EventKind.ENDED]
 
 
@@ -302,10 +302,10 @@ async def test_past_max_deliver_a_step_is_buried_once_and_not_started(make: Make
 
 async def test_hand_backs_do_not_count_as_deliveries_that_failed(make: Make) -> None:
     rig = await make(FakeExecutor([Target(Kind.TOOL, "echo", max_deliver=2)]))
-    rig.bus.broker.hand_backs[("acme", "s1")] = 7
+    rig.bus.broker.hand_backs[("home", "acme", "s1")] = 7
     assert await rig.ended(rig.bus.put(step("s1"), attempt=9)) == "ack"  # the second one that was not handed back
     assert rig.bus.replies[0][1].status is Status.DONE
-    rig.bus.broker.hand_backs[("acme", "s2")] = 7
+    rig.bus.broker.hand_backs[("home", "acme", "s2")] = 7
     assert await rig.ended(rig.bus.put(step("s2"), attempt=10)) == "ack"
     assert rig.bus.replies[1][1].status is Status.DEAD
     assert [letter.step.id for letter in rig.memory.dead.values()] == ["s2"]
@@ -318,11 +318,11 @@ async def test_every_way_of_handing_back_is_counted(make: Make) -> None:
     rig.runtime.hurry()
     await rig.runtime.drain()
     assert [await rig.ended(one) for one in (running, waiting)] == ["nak", "nak"]
-    assert rig.bus.broker.hand_backs == {("acme", "s1"): 1, ("acme", "s2"): 1}
+    assert rig.bus.broker.hand_backs == {("home", "acme", "s1"): 1, ("home", "acme", "s2"): 1}
     rig = await make()
     rig.executor.is_ready = False
     assert await rig.ended(rig.bus.put(step("s3", b"down"))) == "nak"
-    assert rig.bus.broker.hand_backs == {("acme", "s3"): 1}
+    assert rig.bus.broker.hand_backs == {("home", "acme", "s3"): 1}
 
 
 async def test_a_fault_of_the_worker_counts_as_a_failed_delivery(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,14 +343,14 @@ async def test_a_delivery_for_a_closed_queue_is_counted_as_handed_back(make: Mak
     for lanes in rig.runtime._served.lanes.values():
         lanes.is_open = False
     assert await rig.ended(rig.bus.put(step("s1"))) == "nak"
-    assert rig.bus.broker.hand_backs == {("acme", "s1"): 1}
+    assert rig.bus.broker.hand_backs == {("home", "acme", "s1"): 1}
 
 
 async def test_a_step_comes_back_no_later_than_its_deadline(make: Make) -> None:
     rig = await make()
     rig.executor.is_ready = False
     clock = rig.bus.broker.clock
-    rig.bus.broker.hand_backs[("acme", "s1")] = 19
+    rig.bus.broker.hand_backs[("home", "acme", "s1")] = 19
     assert await rig.ended(rig.bus.put(step("s1", b"down", deadline_s=clock.wall_s() + 5.0), attempt=20)) == "nak"
     assert 0 < rig.bus.deliveries["s1"][0].delay_s <= 5.0
 
@@ -373,7 +373,7 @@ async def test_an_outage_longer_than_max_deliver_is_waited_out(make: Make, monke
     await rig.until(lambda: len(rig.executor.started) >= 4)
     up.set()
     await rig.until(lambda: rig.bus.broker.results)
-    found = await rig.bus.result("acme", "s1")
+    found = await rig.bus.result("acme", "s1", "home")
     assert found is not None
     assert found.status is Status.DONE
     assert rig.memory.dead == {}

@@ -8,11 +8,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep, Unavailable
-from gateway.ports import Executor, WorkerBus
-from gateway.types import EventKind, Payload, Status, StepResult, Target
+from gateway.ports import Executor, LeaseLost, WorkerBus
+from gateway.types import EventKind, Kind, Payload, Status, StepResult, Target
 from workers.events import EventBook, EventLog
 from workers.held import Held, Phase, Stop
 from workers.outcome import DEAD_REASON, Outcomes, dead_message
@@ -73,8 +74,9 @@ class StepLife:
         try:
             result = self._before(held)
             # A job's first delivery too: it may have been cancelled while the delivery was on its way.
-            if result is None and (held.attempt > 1 or held.is_job):
-                stored = await self._bus.result(held.step.tenant, held.step.id)
+            # A run's result is in its origin, perhaps far away: its first delivery is not worth that way.
+            if result is None and (held.attempt > 1 or (held.is_job and held.step.kind is not Kind.RUN)):
+                stored = await self._bus.result(held.step.tenant, held.step.id, _result_region(held))
                 if stored is not None:
                     held.phase = Phase.ENDING
                     self._answer(held, stored if held.delivery.reply_to else None)
@@ -96,6 +98,10 @@ class StepLife:
             await self.hand_back(held, backoff_s(held.attempt, self._random()))
         except _HandBackError:
             await self.hand_back(held, 0.0)
+        except LeaseLost:
+            result = None
+            log.info("run %s goes on in another runner", held.step.id)
+            held.delivery.let_go()  # a word from here would disturb that one
         except Exception as error:
             # A fault of this file: without a result nothing may be acknowledged. It counts as a failed delivery, for it may not pass.
             result = None
@@ -117,7 +123,7 @@ class StepLife:
         if held.attempt <= target.max_deliver:
             return False
         step = held.step
-        return held.attempt - await self._bus.hand_backs(step.tenant, step.id) > target.max_deliver
+        return held.attempt - await self._bus.hand_backs(step.tenant, step.id, held.delivery.queue.region) > target.max_deliver
 
     def _before(self, held: Held) -> StepResult | None:
         """The result of a step that must not start."""
@@ -153,6 +159,8 @@ class StepLife:
                 raise  # the loop ends
             if held.task is not None:
                 held.task.uncancel()
+        except LeaseLost:
+            raise
         except Exception as error:
             failure = error
         finally:
@@ -175,16 +183,16 @@ class StepLife:
 
     async def _commit(self, held: Held, result: StepResult) -> tuple[StepResult, bool]:
         """The result as it was offered, and whether it is the one that counts."""
-        keep_s = self._keep_s
+        keep_s, region = self._keep_s, _result_region(held)
         if held.is_job:
             keep_s = self._job_keep_s + held.remaining_s() + JOB_RESULT_KEEP_S
         try:
-            return result, await self._bus.commit(result, keep_s)
+            return result, await self._bus.commit(result, keep_s, region)
         except InvalidStep as error:
             if result.status is not Status.DONE:
                 raise
             result = self._outcomes.failed(held, error)
-            return result, await self._bus.commit(result, keep_s)
+            return result, await self._bus.commit(result, keep_s, region)
 
     def _answer(self, held: Held, result: StepResult | None) -> None:
         """None when nobody has to be told: no gateway waits, the commit told it, or another result was first and its worker tells."""
@@ -201,3 +209,7 @@ class StepLife:
             if held.phase is Phase.WAITING:
                 held.log.add(EventKind.STARTED)
         return held.log
+
+
+def _result_region(held: Held) -> str:
+    return subjects.result_region(held.step.id, held.delivery.queue.region)

@@ -17,7 +17,7 @@ async def entries(js: JetStream, bucket: str, keys: str = ">") -> AsyncGenerator
     sequence = 1
     while True:
         body = json.dumps({"seq": sequence, "next_by_subj": f"$KV.{bucket}.{keys}", "batch": _PAGE}).encode()
-        found, end = await js.collect(f"$JS.API.DIRECT.GET.KV_{bucket}", body, _TIMEOUT_S)
+        found, end = await js.collect(f"{js.prefix}.DIRECT.GET.KV_{bucket}", body, _TIMEOUT_S)
         code = h.status(end.headers)[0] if end is not None else 0
         if code not in (204, 404):
             raise NoAnswer(f"the bucket {bucket} did not answer ({code})")

@@ -10,15 +10,17 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from gateway import subjects
 from gateway.clock import Clock
 from gateway.edge import codec, kept
 from gateway.edge import headers as h
-from gateway.edge.jetstream import STREAM_FULL, ApiError, JetStream, NoAnswer, checked
-from gateway.edge.link import Link
+from gateway.edge.jetstream import STREAM_FULL, ApiError, NoAnswer, checked
+from gateway.edge.link import Link, LinkSubscription
 from gateway.edge.lookup import is_queued
+from gateway.edge.sites import Sites
 from gateway.errors import Expired, InvalidStep, NearloopError, Rejected, Unavailable
 from gateway.types import Step, StepResult
 
@@ -49,11 +51,25 @@ class _Pending:
         self.looks = 0
 
 
+class Heard:
+    """Its end waits for nobody, as that of a watch."""
+
+    def __init__(self, subscription: LinkSubscription, forget: Callable[[], None]) -> None:
+        self._subscription = subscription
+        self._forget: Callable[[], None] | None = forget
+
+    async def close(self) -> None:
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
+            self._subscription.end()
+
+
 class Dispatcher:
     """Steps that this gateway waits for."""
 
-    def __init__(self, clock: Clock, publish: Link, consume: Link, js: JetStream, publish_timeout_s: float) -> None:
-        self._clock, self._publish, self._js, self._timeout_s = clock, publish, js, publish_timeout_s
+    def __init__(self, clock: Clock, publish: Link, consume: Link, sites: Sites, publish_timeout_s: float) -> None:
+        self._clock, self._publish, self._consume, self._sites, self._timeout_s = clock, publish, consume, sites, publish_timeout_s
         self._random = random.Random()
         self._pending: dict[str, _Pending] = {}
         self._unacked: dict[str, _Pending] = {}
@@ -65,7 +81,8 @@ class Dispatcher:
         publish.on_reconnect.append(self._send_unacked_soon)
         consume.on_reconnect.append(self._look_soon)
         self._sweeper: asyncio.Task[None] | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._looking: dict[str, asyncio.Task[None]] = {}  # by region: one that does not answer holds up no other
+        self._heard: Counter[str] = Counter()  # other marks that this gateway listens to, and how often
         self.counters = {"dispatched": 0, "results": 0, "resent": 0, "recovered": 0}
 
     def start(self) -> None:
@@ -73,7 +90,7 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Steps still waited for end with Unavailable; they stay in their queues."""
-        tasks = [task for task in (self._sweeper, self._looking) if task is not None]
+        tasks = [task for task in (self._sweeper, *self._looking.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -81,24 +98,56 @@ class Dispatcher:
             self._fail(pending, Unavailable("the gateway is closing"))
 
     def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
+        pending, fresh = self._wait(step, region)
+        if fresh:
+            now_s = self._clock.now_s()
+            pending.give_up_s = now_s + _TRIES * self._timeout_s
+            self.counters["dispatched"] += 1
+            self._publish.gather(len(self._pending) >= _BUSY_FROM)
+            self._send(pending, now_s)
+        return pending.future
+
+    def resume(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
+        """Waits for a step that is in its queue already. It is looked for soon, since another gateway may be told of its result."""
+        pending, fresh = self._wait(step, region)
+        if fresh:
+            pending.look_s = self._clock.now_s() + _DUPLICATE_LOOK_S
+        return pending.future
+
+    def _wait(self, step: Step, region: str) -> tuple[_Pending, bool]:
+        """False when the step is waited for already; the future has failed then."""
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        if step.id in self._pending and not self._pending[step.id].future.done():
-            future.set_exception(InvalidStep([("id", f"{step.id} is being executed already")]))
-            return future
         pending = _Pending(step, region, future)
-        now_s = self._clock.now_s()
-        pending.give_up_s = now_s + _TRIES * self._timeout_s
-        pending.look_s = now_s + _FIRST_LOOK_S
+        known = self._pending.get(step.id)
+        if known is not None and not known.future.done():
+            future.set_exception(InvalidStep([("id", f"{step.id} is being executed already")]))
+            return pending, False
+        pending.look_s = self._clock.now_s() + _FIRST_LOOK_S
         self._pending[step.id] = pending
-        self.counters["dispatched"] += 1
-        self._publish.gather(len(self._pending) >= _BUSY_FROM)
-        self._send(pending, now_s)
-        return future
+        return pending, True
+
+    async def hear(self, mark: str) -> Heard:
+        """Raises Unavailable."""
+        if len(mark) != subjects.MARK_LENGTH or not subjects.is_id(mark):
+            raise ValueError(f"{mark!r} is not a mark")
+        subscription = await self._consume.listen(subjects.replies(mark), self._on_reply)
+        self._heard[mark] += 1
+        return Heard(subscription, lambda: self._unhear(mark))
+
+    def _unhear(self, mark: str) -> None:
+        self._heard[mark] -= 1
+        if not self._heard[mark]:
+            del self._heard[mark]
+
+    def _reply_to(self, step_id: str) -> str:
+        """The mark in the id when it is heard here, so that the commit answers; else our own, and the worker has to."""
+        mark = step_id[: subjects.MARK_LENGTH]
+        return subjects.reply(mark, step_id) if mark in self._heard else self._reply_prefix + step_id
 
     def _send(self, pending: _Pending, now_s: float) -> None:
         step = pending.step
         subject = subjects.step(pending.region, step.kind, step.target, step.lane, step.id)
-        headers = codec.dispatch_headers(step, self._reply_prefix + step.id, step_ttl_s(step, self._clock.wall_s()))
+        headers = codec.dispatch_headers(step, self._reply_to(step.id), step_ttl_s(step, self._clock.wall_s()))
         pending.due_s = now_s + self._timeout_s * self._random.uniform(0.8, 1.2)
         self._unacked[step.id] = pending
         try:
@@ -172,10 +221,14 @@ class Dispatcher:
             self._drop(pending)
         self._sweep_expired(wall_s - _GRACE_S)
         self._sweep_unacked(now_s, wall_s)
-        if self._looking is None or self._looking.done():
-            due = [one for one in self._pending.values() if one.look_s <= now_s and one.step.id not in self._unacked]
-            if due:
-                self._looking = asyncio.create_task(self._look(due), name="look for lost results")
+        due: dict[str, list[_Pending]] = {}
+        for one in self._pending.values():
+            if one.look_s <= now_s and one.step.id not in self._unacked:
+                due.setdefault(one.region, []).append(one)
+        for region, some in due.items():
+            looking = self._looking.get(region)
+            if looking is None or looking.done():
+                self._looking[region] = asyncio.create_task(self._look(some), name="look for lost results")
 
     def _sweep_expired(self, before_s: float) -> None:
         """The worker ends a step that is late, unless there is none any more."""
@@ -195,7 +248,7 @@ class Dispatcher:
     async def _look(self, due: Sequence[_Pending]) -> None:
         try:
             for start in range(0, len(due), _LOOKS_AT_ONCE):
-                if not self._js.link.connected:
+                if not self._sites.own.link.connected:
                     return
                 chunk = [pending for pending in due[start : start + _LOOKS_AT_ONCE] if not pending.future.done()]
                 await asyncio.gather(*(self._look_for(pending) for pending in chunk))
@@ -208,10 +261,10 @@ class Dispatcher:
         pending.look_s = self._clock.now_s() + min(_LAST_LOOK_S, _FIRST_LOOK_S * 2**pending.looks)
         pending.looks += 1
         try:
-            result = await kept.read(self._js, step.tenant, step.id)
-            if result is None and not await is_queued(self._js, step, pending.region):
+            result = await self._read(pending)
+            if result is None and not await is_queued(self._sites.js_of(pending.region), step, pending.region):
                 # It may have ended between the two looks.
-                result = await kept.read(self._js, step.tenant, step.id)
+                result = await self._read(pending)
                 if result is None and not pending.future.done():
                     self.counters["resent"] += 1
                     pending.give_up_s = self._clock.now_s() + _TRIES * self._timeout_s
@@ -221,6 +274,11 @@ class Dispatcher:
                 self._finish(pending, result)
         except Unavailable:
             pending.look_s = self._clock.now_s() + self._random.uniform(0.5, 1.5)
+
+    async def _read(self, pending: _Pending) -> StepResult | None:
+        step = pending.step
+        region = subjects.result_region(step.id, pending.region)
+        return await kept.read(self._sites.js_of(region), step.tenant, step.id, region)
 
 
 def _refusal(error: ApiError, pending: _Pending) -> NearloopError:

@@ -1,4 +1,5 @@
-"""How often a step was handed back: one number for each step in a bucket, kept until the step's time is over."""
+"""How often a step was handed back: one number for each step in a bucket, kept until the step's time is over. The bucket
+is that of the queue's region, and `js` too."""
 
 import asyncio
 import math

@@ -10,9 +10,12 @@ from gateway.errors import Unavailable
 from gateway.types import StepResult
 
 
-async def commit(js: JetStream, result: StepResult, keep_s: float) -> bool:
-    """Stores the result if there is none. Repeats until the outcome is known. Raises InvalidStep (too large), Unavailable."""
-    subject, call = subjects.result(result.tenant, result.step_id), js.new_call()
+async def commit(js: JetStream, result: StepResult, keep_s: float, region: str) -> bool:
+    """Stores the result if there is none; `js` is the region's. Repeats until the outcome is known.
+
+    Raises InvalidStep (too large), Unavailable.
+    """
+    subject, call = subjects.result(region, result.tenant, result.step_id), js.new_call()
     fence = f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {max(1, math.ceil(keep_s))}s\r\n{codec.H_CALL}: {call}\r\n"
     headers = codec.result_headers(result, extra=fence)
 
@@ -33,9 +36,9 @@ async def commit(js: JetStream, result: StepResult, keep_s: float) -> bool:
     return await until_answered("a result", attempt)
 
 
-async def read(js: JetStream, tenant: str, step_id: str) -> StepResult | None:
-    """Raises Unavailable."""
-    subject = subjects.result(tenant, step_id)
+async def read(js: JetStream, tenant: str, step_id: str, region: str) -> StepResult | None:
+    """`js` is the region's. Raises Unavailable."""
+    subject = subjects.result(region, tenant, step_id)
     found = await until_answered("a read", lambda _: js.direct_last(subjects.RESULTS_STREAM, subject))
     return None if found is None else _read(found)
 

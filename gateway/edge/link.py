@@ -164,9 +164,9 @@ class Link:
             subscription.sid = self._client.add_handler(subject, queue, handler)
         return subscription
 
-    async def listen(self, subject: str, handler: Handler, timeout_s: float = 10.0) -> LinkSubscription:
+    async def listen(self, subject: str, handler: Handler, timeout_s: float = 10.0, queue: str = "") -> LinkSubscription:
         """A subscription that is active at the server. Raises Unavailable; leaves nothing behind then, nor when it is cancelled."""
-        subscription = self.subscribe(subject, handler)
+        subscription = self.subscribe(subject, handler, queue)
         try:
             await self.barrier(timeout_s)
         except BaseException:

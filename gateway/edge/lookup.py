@@ -1,8 +1,16 @@
-"""Is a step still in its queue?"""
+"""Where is a step? `js` is that of the queue's region."""
+
+import asyncio
+from collections.abc import Sequence
 
 from gateway import subjects
+from gateway.edge import kept
 from gateway.edge.jetstream import JetStream, until_answered
-from gateway.types import Step
+from gateway.edge.sites import Sites
+from gateway.errors import Unavailable
+from gateway.types import Step, StepResult
+
+_LOCATE_S = 2.0  # for a region that does not answer
 
 
 async def is_queued(js: JetStream, step: Step, region: str) -> bool:
@@ -18,3 +26,34 @@ async def withdraw(js: JetStream, step: Step, region: str) -> None:
     subject = subjects.step(region, step.kind, step.target, step.lane, step.id)
     stream = subjects.steps_stream(region)
     await until_answered("a withdrawal", lambda _: js.api(f"STREAM.PURGE.{stream}", {"filter": subject}))
+
+
+async def locate(sites: Sites, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
+    """The result, if one of the regions has it, and the region in whose queue the step is. Raises Unavailable when none answers."""
+    looks = [asyncio.create_task(_look(sites, step, region), name=f"locate in {region}") for region in dict.fromkeys(regions)]
+    answered, queued_in = False, ""
+    try:
+        for look in asyncio.as_completed(looks):
+            try:
+                result, region = await look
+            except (Unavailable, TimeoutError):
+                continue
+            if result is not None:
+                return result, region
+            answered, queued_in = True, queued_in or region
+    finally:
+        for task in looks:
+            task.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+    if looks and not answered:
+        raise Unavailable(f"none of the regions {', '.join(regions)} answered within {_LOCATE_S:g} s")
+    return None, queued_in
+
+
+async def _look(sites: Sites, step: Step, region: str) -> tuple[StepResult | None, str]:
+    """First the queue, then the result: a step that ends meanwhile leaves its queue after its result is stored."""
+    async with asyncio.timeout(_LOCATE_S):
+        queued = await is_queued(sites.js_of(region), step, region)
+        decides = subjects.result_region(step.id, region)
+        result = await kept.read(sites.js_of(decides), step.tenant, step.id, decides)
+    return result, region if queued else ""

@@ -22,18 +22,25 @@ EXPIRES_S = 30.0
 HEARTBEAT_S = 5.0
 _MISSED_S = 2.5 * HEARTBEAT_S
 _TOP_UP_S = 0.01
+_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 5.0
+_MANY = 16
 _NANO = 1_000_000_000
 
 OnMessage = Callable[[str, str, bytes, bytes], None]
 
 
 class PullLoop:
-    """Asks a consumer for messages. `on_message` gets subject, acknowledgement subject, header block and body."""
+    """Asks a consumer for messages; `api` is the prefix of the JetStream that has it.
+
+    `on_message` gets subject, acknowledgement subject, header block and body.
+    """
 
     def __init__(
         self,
         link: Link,
         clock: Clock,
+        api: str,
         stream: str,
         consumer: str,
         group: str,
@@ -42,7 +49,7 @@ class PullLoop:
         ensure_consumer: Callable[[], Awaitable[None]],
     ) -> None:
         self._link, self._clock, self._on_message, self._ensure_consumer = link, clock, on_message, ensure_consumer
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._subject = f"{api}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._name = f"{stream} {consumer}"
         self._group, self._priority = group, priority
         self._inbox = f"_INBOX.{secrets.token_hex(8)}"
@@ -55,6 +62,7 @@ class PullLoop:
         self._heard_s = clock.now_s()
         self._closed = False
         self._repairing: asyncio.Task[None] | None = None
+        self._failures = 0  # repairs that failed since the last one that did not
         self._gathering = False  # the top-up waits for more to ask for, not for something to get well
         self._top_up: asyncio.TimerHandle | asyncio.Handle | None = None
         self._subscription = link.subscribe(f"{self._inbox}.*", self._on_any)
@@ -120,7 +128,7 @@ class PullLoop:
             self._credits = max(0, self._credits - left)
             self._retire_oldest()
         if code == 503 or (code == 409 and "deleted" in text.lower()):
-            self._repair()
+            self.repair()
         elif code in (404, 408) or (code == 409 and "batch completed" in text.lower()):
             self.want(self._wanted)
         else:
@@ -152,7 +160,7 @@ class PullLoop:
         self._credits = min(self._credits, self._asked)
         if self._credits and self._heard_s + _MISSED_S < now_s:
             log.info("%s: no heartbeat for %.0f s", self._name, now_s - self._heard_s)
-            self._repair()
+            self.repair()
         elif self._wanted > self._credits:
             self.want(self._wanted)
 
@@ -167,19 +175,25 @@ class PullLoop:
         self._credits = self._asked = 0
         self._heard_s = self._clock.now_s()
 
-    def _repair(self) -> None:
-        """The consumer may be gone: make sure of it, then ask again."""
+    def repair(self) -> None:
+        """The consumer may be gone, or not made yet: make sure of it, then ask again."""
         self._forget()
         if self._repairing is None and not self._closed:
             self.repairs += 1
             self._repairing = asyncio.create_task(self._repair_now(), name=f"repair {self._name}")
 
     async def _repair_now(self) -> None:
+        """What fails is tried again after a pause that grows; the log hears of the first failure and of the end."""
         try:
-            await asyncio.sleep(random.uniform(0.05, 0.25))
+            await asyncio.sleep(random.uniform(0.2, 1.0) * min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self._failures))
             await self._ensure_consumer()
-        except Exception as error:  # tried again at the next check
-            log.warning("%s: not restored yet: %s", self._name, error)
+        except Exception as error:
+            self._failures = min(self._failures + 1, _MANY)
+            log.log(logging.WARNING if self._failures == 1 else logging.DEBUG, "%s: not restored yet: %s", self._name, error)
+        else:
+            if self._failures:
+                log.info("%s: restored", self._name)
+            self._failures = 0
         finally:
             self._repairing = None
         self.want(self._wanted)

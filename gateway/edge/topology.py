@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gateway import subjects
+from gateway import round_trips, subjects
 from gateway.config import Config
-from gateway.edge.jetstream import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, JetStream, until_answered
+from gateway.edge.jetstream import NOT_FOUND_CONSUMER, NOT_FOUND_STREAM, ApiError, JetStream, NoAnswer, until_answered
 from gateway.errors import TopologyMismatch
 from gateway.types import LANES, Kind, Lane, Target
 
@@ -72,8 +72,10 @@ def steps_stream(config: Config, region: str) -> dict[str, Any]:
     )
 
 
-def _bucket(name: str, replicas: int, max_age_s: float, **more: Any) -> dict[str, Any]:
-    """A key-value bucket as the NATS tools know it."""
+def _bucket(name: str, replicas: int, max_age_s: float = 0, *, followed: bool = False, **more: Any) -> dict[str, Any]:
+    """A key-value bucket as the NATS tools know it. followed: what is stored is told to all regions."""
+    if followed:
+        more["republish"] = subjects.bucket_republish(name)
     max_age = round(max_age_s * _NANO)
     return _stream(
         f"KV_{name}",
@@ -89,24 +91,41 @@ def _bucket(name: str, replicas: int, max_age_s: float, **more: Any) -> dict[str
     )
 
 
-def streams(config: Config) -> list[dict[str, Any]]:
-    """Every stream of a configuration."""
+def streams(config: Config, region: str) -> list[dict[str, Any]]:
+    """Every stream of the servers that a region is on.
+
+    Where there is a domain, there are others: then a stream takes the subjects of its own regions only, else each would store the
+    messages of all.
+    """
     nats = config.nats
+    regions = config.site(region)
+    taken = regions if config.domain(region) else ("",)
     heartbeats_s = max(6.0, 3 * config.worker.heartbeat_s)
     return [
-        *(steps_stream(config, region) for region in config.region_names),
+        *(steps_stream(config, name) for name in regions),
         _stream(
             subjects.RESULTS_STREAM,
-            [subjects.RESULTS_SUBJECT],
+            subjects.of_regions("result", taken),
             nats.replicas,
             allow_msg_ttl=True,
             republish=subjects.RESULTS_REPUBLISH,
         ),
-        _stream(subjects.DEAD_STREAM, [subjects.DEAD_SUBJECT], nats.replicas, max_age=round(nats.dead_keep_s * _NANO)),
-        _bucket(subjects.TARGETS_BUCKET, nats.replicas, 0),
-        _bucket(subjects.WORKERS_BUCKET, nats.replicas, heartbeats_s),
-        _bucket(subjects.POLICY_BUCKET, nats.replicas, 0, allow_msg_ttl=True),  # the status keys of processes that are gone end
-        _bucket(subjects.HANDBACKS_BUCKET, nats.replicas, 0, allow_msg_ttl=True),  # each entry lives as long as its step
+        _stream(subjects.DEAD_STREAM, subjects.of_regions("dead", taken), nats.replicas, max_age=round(nats.dead_keep_s * _NANO)),
+        _stream(
+            subjects.RUNS_STREAM,
+            subjects.of_regions("run", taken),
+            nats.replicas,
+            discard="new",
+            max_bytes=nats.max_queue_bytes,
+            allow_atomic=True,
+            allow_msg_ttl=True,
+        ),
+        _bucket(subjects.TARGETS_BUCKET, nats.replicas, followed=True),
+        _bucket(subjects.WORKERS_BUCKET, nats.replicas, heartbeats_s, followed=True),
+        _bucket(subjects.REGIONS_BUCKET, nats.replicas, round_trips.KEEP_S, followed=True),
+        _bucket(subjects.POLICY_BUCKET, nats.replicas, allow_msg_ttl=True),  # the status keys of processes that are gone end
+        _bucket(subjects.HANDBACKS_BUCKET, nats.replicas, allow_msg_ttl=True),  # each entry lives as long as its step
+        _bucket(subjects.VALUES_BUCKET, nats.replicas, allow_msg_ttl=True),  # each entry lives as long as its run
     ]
 
 
@@ -129,9 +148,9 @@ def consumer(config: Config, region: str, kind: Kind, target: str, lane: Lane) -
     }
 
 
-async def ensure_streams(js: JetStream, config: Config) -> None:
-    """Raises TopologyMismatch, Unavailable."""
-    await asyncio.gather(*(_ensure_stream(js, wanted) for wanted in streams(config)))
+async def ensure_streams(js: JetStream, config: Config, region: str) -> None:
+    """Those of the region's servers, which `js` is on. Raises TopologyMismatch, Unavailable."""
+    await asyncio.gather(*(_ensure_stream(js, wanted) for wanted in streams(config, region)))
 
 
 async def _ensure_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
@@ -164,15 +183,10 @@ async def _make_stream(js: JetStream, wanted: Mapping[str, Any]) -> None:
             )
 
 
-async def ensure_consumers(js: JetStream, config: Config, targets: Iterable[Target]) -> None:
-    """The queues of the targets, in every region. Raises TopologyMismatch, Unavailable."""
+async def ensure_consumers(js: JetStream, config: Config, targets: Iterable[Target], regions: Iterable[str]) -> None:
+    """The queues of the targets in regions whose servers `js` reaches. Raises TopologyMismatch, Unavailable."""
     await asyncio.gather(
-        *(
-            ensure_consumer(js, config, region, target.kind, target.name, lane)
-            for target in targets
-            for region in config.region_names
-            for lane in LANES
-        )
+        *(ensure_consumer(js, config, region, target.kind, target.name, lane) for region in regions for target in targets for lane in LANES)
     )
 
 
@@ -186,6 +200,8 @@ async def _ensure_consumer(js: JetStream, stream: str, wanted: Mapping[str, Any]
     try:
         found = (await js.api(f"CONSUMER.INFO.{stream}.{name}"))["config"]
     except ApiError as error:
+        if error.err_code == NOT_FOUND_STREAM:
+            raise NoAnswer(f"stream {stream} is not there yet") from None  # its own region makes it
         if error.err_code != NOT_FOUND_CONSUMER:
             raise _refused("consumer", f"{stream} {name}", error) from None
         body = {"stream_name": stream, "config": wanted, "action": "create"}

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from gateway import round_trips
 from gateway import subjects as s
 from gateway.clock import Clock
 from gateway.config import Config
@@ -13,16 +14,20 @@ from gateway.edge.catalogue import write_target, write_worker
 from gateway.edge.connect import CONNECT_TIMEOUT_S, make_link
 from gateway.edge.delivery import NatsDelivery
 from gateway.edge.headers import block, escape
-from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, until_answered
+from gateway.edge.jetstream import WRONG_LAST_SEQUENCE, ApiError, JetStream, NoAnswer, until_answered
 from gateway.edge.pull import PullLoop
+from gateway.edge.queues import QueueMaker
 from gateway.edge.replay import ReplayServer
+from gateway.edge.sites import Sites
 from gateway.errors import Unavailable
 from gateway.ports import Delivery, Queue, Subscription
+from gateway.run_types import RoundTrip
 from gateway.types import StepEvent, StepResult, Target, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0
+_PING_S = 2.0
 _BUSY_FROM = 3  # steps held at once; quick ones are never many, however many pass through
 
 
@@ -49,12 +54,14 @@ class NatsWorkerBus:
 
     def __init__(self, config: Config, worker_id: str, region: str, clock: Clock) -> None:
         self._config, self._worker_id, self._region, self._clock = config, worker_id, region, clock
-        self._publish = make_link(config, f"{worker_id} publish")
-        self._consume = make_link(config, f"{worker_id} consume")
-        self.control = make_link(config, f"{worker_id} control")
+        self._publish, self._consume, self.control = (
+            make_link(config, f"{worker_id} {name}", region) for name in ("publish", "consume", "control")
+        )
         timeout_s = config.nats.publish_timeout_s
-        self._results = JetStream(self._publish, timeout_s)
-        self.js = self._js = JetStream(self.control, timeout_s)
+        self._results = Sites(JetStream(self._publish, timeout_s), config, region)
+        self.js = JetStream(self.control, timeout_s)
+        self._sites = Sites(self.js, config, region)
+        self._queues = QueueMaker(config, self._sites)
         self._held: set[str] = set()  # subjects of steps that have not ended; one that is delivered again counts once
         self.pullers: set[_NatsPuller] = set()
         self._checker: asyncio.Task[None] | None = None
@@ -64,16 +71,21 @@ class NatsWorkerBus:
     async def start(self) -> None:
         """Raises Unavailable, TopologyMismatch."""
         await asyncio.gather(*(link.start(CONNECT_TIMEOUT_S) for link in (self._publish, self._consume, self.control)))
-        await topology.ensure_streams(self._js, self._config)
+        await topology.ensure_streams(self.js, self._config, self._region)
         self._checker = asyncio.create_task(self._check_forever(), name="check pull loops")
 
     async def close(self) -> None:
         if self._checker is not None:
             self._checker.cancel()
             await asyncio.gather(self._checker, return_exceptions=True)
+        await self._queues.close()
         await asyncio.gather(*(puller.close() for puller in list(self.pullers)))
         await asyncio.gather(*self._handing_back)
         await asyncio.gather(*(link.close() for link in (self._consume, self._publish, self.control)))
+
+    def js_of(self, region: str) -> JetStream:
+        """The JetStream that has the region's streams and buckets; it may be away, then its calls raise NoAnswer."""
+        return self._sites.js_of(region)
 
     @property
     def connected(self) -> bool:
@@ -86,15 +98,15 @@ class NatsWorkerBus:
                 puller.loop.check()
 
     async def announce(self, targets: Sequence[Target]) -> None:
-        await topology.ensure_consumers(self._js, self._config, targets)
+        await self._queues.make(targets)
         await asyncio.gather(*(self._announce(target) for target in targets))
 
     async def _announce(self, target: Target) -> None:
-        subject, data = f"$KV.{s.TARGETS_BUCKET}.{target.scope}", write_target(target)
-        await until_answered("an announcement", lambda _: self._js.publish(subject, data, b""))
+        subject, data = s.bucket_key(s.TARGETS_BUCKET, target.scope), write_target(target)
+        await until_answered("an announcement", lambda _: self.js.publish(subject, data, b""))
 
     def _worker_key(self, info: WorkerInfo) -> str:
-        return f"$KV.{s.WORKERS_BUCKET}.{info.region}.{info.id}"
+        return s.bucket_key(s.WORKERS_BUCKET, f"{info.region}.{info.id}")
 
     async def heartbeat(self, info: WorkerInfo) -> None:
         # Without an acknowledgement: the next one comes soon.
@@ -102,7 +114,7 @@ class NatsWorkerBus:
 
     async def retire(self, info: WorkerInfo) -> None:
         headers = block(f"{H_OPERATION}: DEL\r\n")
-        await until_answered("a farewell", lambda _: self._js.publish(self._worker_key(info), b"", headers))
+        await until_answered("a farewell", lambda _: self.js.publish(self._worker_key(info), b"", headers))
 
     async def consume(self, queue: Queue, on_delivery: Callable[[Delivery], None]) -> _NatsPuller:
         loop: PullLoop
@@ -110,12 +122,20 @@ class NatsWorkerBus:
         def on_message(subject: str, reply: str, headers: bytes, data: bytes) -> None:
             self._deliver(queue, loop.closing, on_delivery, subject, reply, headers, data)
 
-        def ensure() -> Awaitable[None]:
-            return topology.ensure_consumer(self._js, self._config, queue.region, queue.kind, queue.target, queue.lane)
+        js = self.js_of(queue.region)
 
-        await ensure()
+        def ensure() -> Awaitable[None]:
+            return topology.ensure_consumer(js, self._config, queue.region, queue.kind, queue.target, queue.lane)
+
+        if js is self.js:
+            await ensure()
         stream, consumer = s.steps_stream(queue.region), s.consumer(queue.kind, queue.target, queue.lane)
-        loop = PullLoop(self._consume, self._clock, stream, consumer, topology.PRIORITY_GROUP, queue.priority, on_message, ensure)
+        loop = PullLoop(
+            self._consume, self._clock, js.prefix, stream, consumer, topology.PRIORITY_GROUP, queue.priority, on_message, ensure
+        )
+        if js is not self.js:
+            # The region may not answer now, and nobody says from afar that a consumer is missing: the loop asks once it is there.
+            loop.repair()
         puller = _NatsPuller(self, loop)
         self.pullers.add(puller)
         return puller
@@ -153,25 +173,25 @@ class NatsWorkerBus:
         self._held.discard(subject)
         self._publish.gather(len(self._held) >= _BUSY_FROM)
 
-    async def result(self, tenant: str, step_id: str) -> StepResult | None:
-        return await kept.read(self._js, tenant, step_id)
+    async def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:
+        return await kept.read(self.js_of(region), tenant, step_id, region)
 
-    async def commit(self, result: StepResult, keep_s: float) -> bool:
-        first = await kept.commit(self._results, result, keep_s)
+    async def commit(self, result: StepResult, keep_s: float, region: str) -> bool:
+        first = await kept.commit(self._results.js_of(region), result, keep_s, region)
         self.counters["committed" if first else "lost_commits"] += 1
         return first
 
     async def hand_back(self, delivery: Delivery, delay_s: float) -> None:
-        step = delivery.step
+        step, js = delivery.step, self.js_of(delivery.queue.region)
         try:
-            await handbacks.add(self._js, step.tenant, step.id, max(0.0, step.deadline_s - self._clock.wall_s()))
+            await handbacks.add(js, step.tenant, step.id, max(0.0, step.deadline_s - self._clock.wall_s()))
         except Unavailable as error:
             log.debug("step %s goes back uncounted: %s", step.id, error.message)
         finally:
             delivery.nak(delay_s)
 
-    async def hand_backs(self, tenant: str, step_id: str) -> int:
-        return await handbacks.read(self._js, tenant, step_id)
+    async def hand_backs(self, tenant: str, step_id: str, region: str) -> int:
+        return await handbacks.read(self.js_of(region), tenant, step_id)
 
     async def bury(self, delivery: Delivery, reason: str, message: str) -> None:
         step = delivery.step
@@ -185,7 +205,7 @@ class NatsWorkerBus:
 
         async def attempt(_: int) -> None:
             try:
-                await self._js.publish(subject, step.input.data, headers)
+                await self.js.publish(subject, step.input.data, headers)
             except ApiError as error:
                 if error.err_code not in WRONG_LAST_SEQUENCE:
                     raise Unavailable(f"NATS refused a dead letter: {error}") from None
@@ -209,3 +229,22 @@ class NatsWorkerBus:
     async def serve_replay(self, answer: Callable[[str, str, int, int], Sequence[StepEvent] | None]) -> Subscription:
         server = ReplayServer(self.control, answer)
         return await self.control.listen(s.replay("*", "*"), server.on_request)
+
+    async def ping(self, region: str) -> float:
+        started_s = self._clock.now_s()
+        try:
+            await self.js.request(s.ping(region), timeout_s=_PING_S)
+        except NoAnswer as error:
+            raise Unavailable(f"no worker of region {region} answered within {_PING_S:g} s: {error}") from None
+        return self._clock.now_s() - started_s
+
+    async def serve_ping(self) -> Subscription:
+        def on_message(_subject: str, reply: str, _headers: bytes, _data: bytes) -> None:
+            if reply:
+                self.control.send(reply)
+
+        return await self.control.listen(s.ping(self._region), on_message, queue="ping")
+
+    async def publish_round_trip(self, trip: RoundTrip) -> None:
+        subject, data = s.bucket_key(s.REGIONS_BUCKET, round_trips.key(trip)), round_trips.write(trip, self._worker_id)
+        await until_answered("a round trip", lambda _: self.js.publish(subject, data, b""))
