@@ -7,7 +7,7 @@ import asyncio
 import json
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -163,4 +163,12 @@ def _program(file: Path) -> str:
 
 
 def _json(text: str) -> Any:
-    return json.loads(read_input(text).data)
+    """Raises BadParameter."""
+    try:
+        return json.loads(read_input(text).data, parse_constant=_no_constant)
+    except ValueError as error:
+        raise typer.BadParameter(f"--input is not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")

@@ -272,8 +272,7 @@ class Kernel:
 
     def round_trips(self) -> RoundTrips:
         """As measured; as configured where nothing was."""
-        measured = self._bus.round_trips() if hasattr(self._bus, "round_trips") else RoundTrips()
-        return routing.known_round_trips(measured, self._config.round_trips_s)
+        return routing.known_round_trips(self._bus.round_trips(), self._config.round_trips_s)
 
     # ---- jobs ------------------------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 
 from gateway import private_files
 from gateway.addresses import shown_url as shown_url
+from gateway.config import Config
 from gateway.edge import probes
 from gateway.supervisor import Part, PartFailed
+from gateway.types import Kind
 
 # The words of the command line for the kinds that a worker executes.
-WORKER_WORDS: Mapping[str, str] = {"infer": "triton", "tool": "tools", "retrieve": "retrieve"}
+WORKER_WORDS: Mapping[str, str] = {"infer": "triton", "tool": "tools", "retrieve": "retrieve", "run": "runs"}
 
 
 def find_nats_server() -> Path:
@@ -184,3 +186,19 @@ async def check_existing_triton(addresses: Sequence[str]) -> None:
             problem = f"does not answer ({type(error).__name__}): correct --triton (its gRPC port), or leave it out to start one here"
         problems.append(f"Triton at {address} {problem}")
     raise PartFailed("; ".join(problems))
+
+
+def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
+    """One worker for each kind that has something to serve in each region, as (kind, region).
+
+    Models are served in triton.region. A vector store that is embedded in its worker has exactly one worker, since two would not see
+    each other's points: in the home region of its first collection.
+    """
+    workers = [("infer", config.triton.region)] if triton else []
+    if config.tools.modules or config.tools.http:
+        workers += [("tool", region) for region in config.region_names]
+    if config.retrieve.collections:
+        first = config.target_section(Kind.RETRIEVE, config.retrieve.collections[0].name)
+        home = first.home_region if first else config.region_names[0]
+        workers += [("retrieve", region) for region in (config.region_names if config.retrieve.url else (home,))]
+    return workers

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
@@ -78,9 +79,7 @@ def with_regions(config: Config, names: Sequence[str]) -> Config:
         raise PartFailed(f"--regions: the first one must be that of the gateway, which is {config.gateway.region!r} (gateway.region)")
     known = {section.name: section for section in config.regions}
     if config.regions != (RegionSection(name="home"),) and set(known) != set(names):
-        raise PartFailed(
-            f"--regions says {', '.join(names)}, but the configuration has the regions {', '.join(known)}: correct one of them"
-        )
+        raise PartFailed(f"--regions says {', '.join(names)}, the configuration says {', '.join(known)}: correct one of them")
     used = [("triton.region", config.triton.region), *((f"home_region of {one.name}", one.home_region) for one in config.targets)]
     if wrong := next((f"{where} is {region!r}" for where, region in used if region not in names), ""):
         raise PartFailed(f"--regions says {', '.join(names)}, but {wrong}")
@@ -159,7 +158,7 @@ def _relay(state_dir: Path, region: str, target: str, round_trip_s: float, uses:
     )
 
 
-async def _get_json(url: str, timeout_s: float = 2.0) -> dict[str, object]:
+async def _get_json(url: str, timeout_s: float = 2.0) -> dict[str, Any]:
     where = urlsplit(url)
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(where.hostname, where.port)
@@ -168,7 +167,8 @@ async def _get_json(url: str, timeout_s: float = 2.0) -> dict[str, object]:
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         finally:
             writer.close()
+            await writer.wait_closed()
     if b" 200 " not in head.split(b"\r\n")[0]:
         raise OSError(f"{url}: {head.splitlines()[0].decode() if head else 'no answer'}")
-    found: dict[str, object] = json.loads(body)
+    found: dict[str, Any] = json.loads(body)
     return found

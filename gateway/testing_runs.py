@@ -1,5 +1,6 @@
 """A run store in memory, with the promises of the real one: compare-and-set, leases that are lost, marks."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -76,7 +77,7 @@ class MemoryRuns:
 
     async def put_value(self, tenant: str, run_id: str, data: bytes, keep_s: float) -> str:
         self._fail("before value")
-        name = f"value-{len(self.values)}"
+        name = hashlib.sha256(data).hexdigest()
         self.values[tenant, run_id, name] = data
         return name
 
@@ -89,6 +90,7 @@ class MemoryJournal:
         self._entries = entries
         self._fail = fail
         self._known = 0  # entries that this runner knows of
+        self._unsure: bytes | None = None  # stored, but nobody said so
 
     async def read(self) -> Sequence[bytes]:
         self._fail("before read")
@@ -97,11 +99,12 @@ class MemoryJournal:
 
     async def append(self, entry: bytes) -> None:
         self._fail("before append")
-        if len(self._entries) == self._known + 1 and self._entries[-1] == entry:
+        if self._unsure == entry and len(self._entries) == self._known + 1 and self._entries[-1] is self._unsure:
             self._known += 1  # stored by the try before
             return
         if len(self._entries) != self._known:
             raise LeaseLost
         self._entries.append(entry)
+        self._unsure = entry
         self._fail("after append")
         self._known += 1

@@ -85,9 +85,14 @@ def test_order_is_kept_where_it_means_something() -> None:
     assert isinstance(parallel, Parallel)
     assert isinstance(agent, Agent)
     assert [*parallel.branches] == [*agent.tools] == ["z", "b", "y", "a"]
-    fields = over_the_wire(Program("p", (dataclasses.replace(ECHO, input=Template({"z": 1, "a": 2})),))).steps[0]
-    assert isinstance(fields, Call)
-    assert [*fields.input.value] == ["a", "z"], "protobuf has no order of fields: one that is always the same"
+    given = dict.fromkeys(reversed("abcdefghij"), 1)
+    message = program_to_proto(Program("p", (ECHO,), Template({"of": given}), {"properties": given}, metadata={"b": "", "a": ""}))
+    made = program_from_proto(message)
+    assert made.output is not None
+    assert made.input_schema is not None
+    for fields in (made.output.value["of"], made.input_schema["properties"]):
+        assert [*fields] == sorted(given), "protobuf has no order of fields: one that is always the same"
+    assert [*made.metadata] == ["a", "b"]
 
 
 def test_what_is_not_set_has_its_default() -> None:
@@ -255,6 +260,12 @@ def test_depth_is_limited_as_in_texts() -> None:
     for message in (nested_loops(40), nested_loops(500), *(nested_value(levels, of) for levels in (70, 500) for of in (True, False))):
         with pytest.raises(ProgramInvalid, match="nests more than 64 deep"):
             program_from_proto(message)
+
+
+def test_parsers_of_protobuf_have_a_limit_of_their_own() -> None:
+    pb.Program.FromString(nested_value(33, is_list=False).SerializeToString())
+    with pytest.raises(DecodeError):
+        pb.Program.FromString(nested_value(34, is_list=False).SerializeToString())
 
 
 @given(

@@ -57,7 +57,6 @@ class Measured(Protocol):
         ...
 
 
-@runtime_checkable
 class MeasuringBus(Protocol):
     """The part of `ports.WorkerBus` that this needs."""
 
@@ -202,10 +201,15 @@ class Measuring:
             await asyncio.sleep(every_s * (0.8 + 0.4 * self._random()))
 
 
-async def start_measuring(kind: Kind, region: str, regions: Sequence[str], bus: object, executor: object, clock: Clock) -> Measuring | None:
+async def start_measuring(
+    kind: Kind,
+    region: str,
+    regions: Sequence[str],
+    bus: MeasuringBus,
+    executor: object,
+    clock: Clock,
+) -> Measuring | None:
     """For a worker that is ready; None when the transport does not let it begin. To be closed before the bus."""
-    if not isinstance(bus, MeasuringBus):
-        return None
     pinged = [other for other in regions if other != region] if kind is Kind.RUN else []
     measuring = Measuring(region, bus, clock, pinged=pinged, measured=executor if isinstance(executor, Measured) else None)
     try:

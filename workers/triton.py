@@ -78,6 +78,7 @@ class TritonExecutor:
         """Returns when one replica serves a model. Raises Unavailable while none does."""
         if not self.replicas:
             raise Unavailable("no Triton is configured: give its gRPC address as [triton] url or --triton")
+        self._looked = False
         for one in self.replicas:
             one.connect()
         outcomes = await asyncio.gather(*(one.refresh() for one in self.replicas), return_exceptions=True)
