@@ -51,7 +51,8 @@ class StepFeed:
         self._stored: StepResult | None = None
 
     async def __aenter__(self) -> Self:
-        self._subscription = await self._bus.watch(self._tenant, self._step_id, self._on_event, self._on_result if self._find_result else None)
+        on_result = self._on_result if self._find_result else None
+        self._subscription = await self._bus.watch(self._tenant, self._step_id, self._on_event, on_result)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -191,8 +191,8 @@ async def check_existing_triton(addresses: Sequence[str]) -> None:
 def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
     """One worker for each kind that has something to serve in each region, as (kind, region).
 
-    Models are served in triton.region. A vector store that is embedded in its worker has exactly one worker, since two would not see
-    each other's points: in the home region of its first collection.
+    Models are served in triton.region, runs in every region. A vector store that is embedded in its worker has exactly one worker, since
+    two would not see each other's points: in the home region of its first collection.
     """
     workers = [("infer", config.triton.region)] if triton else []
     if config.tools.modules or config.tools.http:
@@ -201,4 +201,4 @@ def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]
         first = config.target_section(Kind.RETRIEVE, config.retrieve.collections[0].name)
         home = first.home_region if first else config.region_names[0]
         workers += [("retrieve", region) for region in (config.region_names if config.retrieve.url else (home,))]
-    return workers
+    return workers + [("run", region) for region in config.region_names]

@@ -1,15 +1,29 @@
 """Where a run goes, with what this process knows: live workers, the catalogue, measured round trips."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from gateway.config import Config
 from gateway.core import placement
+from gateway.core.routing import known_round_trips
 from gateway.ports import GatewayBus
 from gateway.program.bounds import scopes
-from gateway.run_types import RUN_TARGET, Placement, RoundTrips, RunOrder
+from gateway.run_types import RUN_TARGET, Placement, RunOrder
+from gateway.subjects import job_region
 from gateway.types import Kind, Target
 
 RUN_SCOPE = f"{Kind.RUN.value}.{RUN_TARGET}"
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """call_s(scope): round trips that each dependent call saves, seconds. once_s: the run's own way to its client and back."""
+
+    call_s: Callable[[str], float]
+    once_s: float = 0.0
+
+
+NO_SAVINGS = Savings(lambda scope: 0.0)
 
 
 class Placer:
@@ -25,18 +39,37 @@ class Placer:
     def place(self, order: RunOrder, silent: frozenset[str] = frozenset()) -> Placement:
         """silent: regions that do not answer now."""
         live = self._serving(silent)
-        needed = scopes(order.program)
-        targets = {scope: target for scope in needed if (target := self.target(scope)) is not None}
-        network = placement.Network(self._round_trips(), targets, {scope: live.get(scope, set()) for scope in needed})
         return placement.place(
             order.program,
-            network,
+            self._network(order, live),
             regions=self._config.region_names,
             runners=live.get(RUN_SCOPE, set()),
             origin=self._config.gateway.region,
             client_region=order.client_region,
             allowed=(order.regions,),
         )
+
+    def allowed(self, order: RunOrder) -> tuple[str, ...]:
+        """The regions that the run may be in, whoever is there now."""
+        limits = [order.regions, order.program.regions]
+        limits += [target.regions for scope in scopes(order.program) if (target := self.target(scope)) is not None]
+        return tuple(name for name in self._config.region_names if all(name in limit for limit in limits if limit))
+
+    def savings(self, order: RunOrder, region: str) -> "Savings":
+        """What running it in `region` saves, against a client that makes each call by `Execute` at the run's origin."""
+        network, origin = self._network(order, self._serving(frozenset())), job_region(order.id)
+        client_s = network.to_client(origin, origin, order.client_region).seconds
+
+        def call_s(scope: str) -> float:
+            return client_s + network.call(origin, scope).seconds - network.call(region, scope).seconds
+
+        return Savings(call_s, network.to_client(region, origin, order.client_region).seconds)
+
+    def _network(self, order: RunOrder, live: dict[str, set[str]]) -> placement.Network:
+        needed = scopes(order.program)
+        targets = {scope: target for scope in needed if (target := self.target(scope)) is not None}
+        trips = known_round_trips(self._bus.round_trips(), self._config.round_trips_s)
+        return placement.Network(trips, targets, {scope: live.get(scope, set()) for scope in needed})
 
     def _serving(self, silent: frozenset[str]) -> dict[str, set[str]]:
         """The regions with live workers, by scope."""
@@ -46,10 +79,3 @@ class Placer:
                 for scope in worker.targets:
                     found.setdefault(scope, set()).add(worker.region)
         return found
-
-    def _round_trips(self) -> RoundTrips:
-        """What was measured, else what the configuration says."""
-        measured, names = self._bus.round_trips(), self._config.region_names
-        configured = {(one, two): trip for one in names for two in names if (trip := self._config.round_trip_s(one, two)) > 0}
-        unmeasured = {pair: trip for pair, trip in configured.items() if measured.between(*pair) is None}
-        return RoundTrips({**unmeasured, **measured.regions}, measured.targets)

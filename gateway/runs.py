@@ -92,8 +92,7 @@ class Runs:
 
     def _fallback(self, order: RunOrder) -> str:
         """No region can take it now, for example since no runner has been heard of yet: it waits where it may run."""
-        allowed = [set(some) for some in (order.regions, order.program.regions) if some]
-        candidates = [name for name in self._config.region_names if all(name in some for some in allowed)]
+        candidates = self._placer.allowed(order)
         if not candidates:
             names = ", ".join(self._config.region_names)
             raise InvalidStep([("run.regions", f"no region is left in which it may run; there are {names}")])

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gateway.program.allowance import Allowance
 from gateway.program.commands import Cancel, Command, Fail, Finish, StartCall, Wait
 from gateway.program.engine import Engine
 from gateway.program.evaluation import Evaluation
@@ -20,7 +21,9 @@ class SmallLanguage:
     def compile_expression(self, text: str) -> list[str]:
         return re.split(r"\s+(<|==|!=|\+)\s+", text.strip())
 
-    def evaluate(self, compiled: list[str], variables: Mapping[str, Json]) -> Json:
+    def evaluate(self, compiled: list[str], variables: Mapping[str, Json], allowance: Allowance | None = None) -> Json:
+        if allowance is not None:
+            allowance.spend(len(compiled))
         try:
             value = _operand(compiled[0], variables)
             for operator, operand in zip(compiled[1::2], compiled[2::2], strict=True):
@@ -32,14 +35,18 @@ class SmallLanguage:
     def compile_template(self, value: Json) -> Json:
         return value
 
-    def render(self, compiled: Json, variables: Mapping[str, Json]) -> Json:
+    def render(self, compiled: Json, variables: Mapping[str, Json], allowance: Allowance | None = None) -> Json:
         if isinstance(compiled, dict):
-            return {key: self.render(value, variables) for key, value in compiled.items()}
+            return {key: self.render(value, variables, allowance) for key, value in compiled.items()}
         if isinstance(compiled, list):
-            return [self.render(value, variables) for value in compiled]
+            return [self.render(value, variables, allowance) for value in compiled]
         if isinstance(compiled, str) and compiled.startswith("${"):
-            return self.evaluate(self.compile_expression(compiled[2:-1]), variables)
+            return self.evaluate(self.compile_expression(compiled[2:-1]), variables, allowance)
         return compiled
+
+    def references_of(self, compiled: Any) -> frozenset[str]:
+        """Of a template only: what looks like a path in any of its strings."""
+        return frozenset(re.findall(r"[a-z]\w*(?:\.\w+)*", str(compiled)))
 
 
 def _operand(text: str, variables: Mapping[str, Json]) -> Any:

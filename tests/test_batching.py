@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -291,6 +292,28 @@ async def test_each_model_has_a_batcher_that_follows_its_target() -> None:
     assert batching.batcher(Target(Kind.INFER, "plan", slots=6, max_batch_size=32), view("plan", 32)) is first
     assert (first.slots, first.max_size) == (12, 32)
     assert batching.batcher(Target(Kind.INFER, "embed"), view("embed")) is not first
+
+
+async def test_each_replica_has_a_batcher_with_its_share_and_the_best_known_cost_is_told() -> None:
+    policies: list[FakePolicy] = []
+
+    def make() -> list[Named]:
+        policies.append(FakePolicy(lambda view: 0.0))
+        return [Named("hold", Slot.BATCHING, policies[-1], OnError.ADMIT)]
+
+    batching, plan = Batching(make, lambda target: target.slots), Target(Kind.INFER, "plan", slots=48)
+    one = batching.batcher(plan, view("plan"), "a:1", 1 / 3)
+    other = batching.batcher(plan, view("plan"), "b:1", 2 / 3)
+    assert one is not None
+    assert other is not None
+    assert (one.slots, other.slots) == (16, 32)
+    assert one.named.policy is not other.named.policy
+    assert batching.batcher(plan, view("plan"), "a:1", 1 / 3) is one
+    for policy, batches in zip(policies, (9, 5), strict=True):
+        policy.learnt = partial(BatchCost, 0.02, 0.001, batches)  # type: ignore[method-assign]
+    assert batching.learnt() == {"infer.plan": BatchCost(0.02, 0.001, 9)}
+    policies[1].learnt = partial(BatchCost, 0.02, 0.001, 10)  # type: ignore[method-assign]
+    assert batching.learnt() == {"infer.plan": BatchCost(0.02, 0.001, 10)}
 
 
 async def test_the_first_policy_that_serves_a_model_is_its_policy() -> None:

@@ -16,7 +16,7 @@ from gateway import __version__, addresses
 from gateway.cli import app
 from gateway.config import parse
 
-COMMANDS = "up gateway worker demo key doctor execute submit get watch cancel targets".split()
+COMMANDS = "up gateway worker demo key doctor execute submit get watch cancel targets run place".split()
 runner = CliRunner(env={"NEARLOOP_DEBUG": None, "NEARLOOP_CONFIG": None, "NEARLOOP_ADDRESS": None, "COLUMNS": "200", "NO_COLOR": "1"})
 
 
@@ -28,7 +28,14 @@ def one_sentence(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, "config check", "program check", *(f"plugins {word}" for word in ("list", "describe", "check", "new"))]
+    "command",
+    [
+        *COMMANDS,
+        "config check",
+        "program check",
+        *(f"plugins {word}" for word in ("list", "describe", "check", "new")),
+        *(f"runs {word}" for word in ("get", "watch", "cancel")),
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = runner.invoke(app, [*command.split(), "--help"])
@@ -44,6 +51,7 @@ def test_every_command_is_listed() -> None:
         "config",
         "plugins",
         "program",
+        "runs",
     }
 
 

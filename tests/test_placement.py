@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import Config, parse
-from gateway.core.placement import UNKNOWN_S, Network, client_driven_s, dead_time, place
+from gateway.core.placement import EQUAL_S, EQUAL_TIMES, UNKNOWN_S, Network, client_driven_s, dead_time, place
 from gateway.edge.catalogue import read_target, write_target
 from gateway.errors import ConfigError
 from gateway.program.bounds import scopes
@@ -313,7 +313,8 @@ def test_the_least_dead_time_among_what_is_allowed(
         return
     assert found.region in fits
     dead = {one.region: one.dead_s for one in found.estimates}
-    assert dead[found.region] == min(dead[one] for one in fits)
+    least_s = min(dead[one] for one in fits)
+    assert dead[found.region] <= max(least_s + EQUAL_S, least_s * EQUAL_TIMES)
 
 
 @given(worlds(), st.sampled_from(REGIONS), st.floats(0, 1), st.sampled_from(REGIONS))

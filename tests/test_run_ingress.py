@@ -2,18 +2,19 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 import pytest
 from fake_runs import PLACED, SOURCE, FakeRuns, ended, make_config, never, serving, spec, started, told
-from fake_service import ALICE, BOB, ECHO, FakeService, json_step, stub_for
+from fake_service import BOB, FakeService, json_step, stub_for
 from google.protobuf import struct_pb2
 from test_ingress import AS_ALICE, TRACE, refused
 
 from gateway.clock import SystemClock
-from gateway.edge import servicer
+from gateway.edge import run_programs, servicer
 from gateway.edge.program_proto import program_to_proto
 from gateway.edge.run_intake import RunIntake
 from gateway.errors import Expired, InvalidStep, Rejected, StepFailed
@@ -64,7 +65,7 @@ async def test_a_program_is_the_same_in_every_form() -> None:
         for form in forms:
             await stub.SubmitRun(pb.SubmitRunRequest(run=form), metadata=AS_ALICE)
     assert [order.program for order in runs.orders] == [program] * 4
-    assert len({order.document for order in runs.orders}) == 1
+    assert [json.loads(order.document) for order in runs.orders] == [_plain(SOURCE)] * 4
     assert runs.orders[0].program is runs.orders[1].program, "it is read once"
     assert [order.input for order in runs.orders[1:]] == [{}, {}, {}]
 
@@ -254,16 +255,12 @@ def source(steps: str = "[{id: a, tool: echo, input: {}}]", more: str = "") -> s
     return f"program: nearloop/v1\nname: p\nsteps: {steps}\n{more}"
 
 
-def big(text: str) -> str:
-    return source(more=f"description: '{text}'")
-
-
 REFUSALS = [
     (pb.RunSpec(), "run.source", "missing"),
     (spec("steps: ["), "run.source", "at line 1, column 9"),
     (spec('{"program": 1,}'), "run.source", "is not JSON: "),
     (spec(""), "run.source", "must be a mapping"),
-    (spec(big("x" * 300_000)), "run.source", "the limit is 262144"),
+    (spec(source("x" * 300_000)), "run.source", "the limit is 262144"),
     (spec(source('[{id: a, tool: echo, input: {t: "${steps.b.output}"}}]')), "run.source.steps[0].input.t", "there is no step `b`"),
     (spec(source("[{id: a, tool: ecko, input: {}}]")), "run.source.steps[0].tool", "did you mean `tool.echo`?"),
     (spec(source("[{id: a, tool: docs, input: {}}]")), "run.source.steps[0].input", "must have `name`"),
@@ -374,12 +371,47 @@ async def test_a_program_is_checked_again_when_a_target_changes() -> None:
     assert len(runs.orders) == 1
 
 
+async def test_large_programs_are_read_one_at_a_time_and_hold_up_no_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, release, read = asyncio.Event(), threading.Event(), run_programs._read
+    loop, at_once, most_at_once = asyncio.get_running_loop(), 0, 0
+
+    def slow(source: Any, path: str) -> Any:
+        nonlocal at_once, most_at_once
+        if len(source) > run_programs.LARGE_BYTES:
+            at_once += 1
+            most_at_once = max(at_once, most_at_once)
+            loop.call_soon_threadsafe(reading.set)
+            assert release.wait(60)
+            at_once -= 1
+        return read(source, path)
+
+    monkeypatch.setattr(run_programs, "_read", slow)
+    monkeypatch.setattr(run_programs, "MOST_WAITING", 2)
+    programs = run_programs.Programs(FakeService())
+    large = [pb.RunSpec(source=source(f"[{{id: {letter}, tool: echo, input: '{'x' * 20_000}'}}]")) for letter in "abcd"]
+    gone = asyncio.create_task(programs.known(large[0]))
+    await reading.wait()
+    gone.cancel()
+    waiting = [asyncio.create_task(programs.known(message)) for message in large[1:3]]
+    try:
+        assert (await programs.known(spec())).program.name == "greet"
+        assert gone.cancelled()
+        with pytest.raises(Rejected, match="2 programs wait"):
+            await programs.known(large[3])
+    finally:
+        release.set()
+    assert [known.program.steps[0].id for known in await asyncio.gather(*waiting)] == ["b", "c"]
+    assert most_at_once == 1
+
+
 async def test_a_run_is_not_a_step() -> None:
     service = FakeService()
     service.known[Kind.RUN, "program"] = Target(Kind.RUN, "program")
     step = json_step(target="program")
     step.kind = pb.KIND_RUN
     async with serving(FakeRuns(), service) as port, stub_for(port) as stub:
+        listed = await stub.ListTargets(pb.ListTargetsRequest(), metadata=AS_ALICE)
+        assert pb.KIND_RUN not in {target.kind for target in listed.targets}
         calls = [
             stub.Execute(pb.ExecuteRequest(step=step), metadata=AS_ALICE),
             stub.Submit(pb.SubmitRequest(step=step), metadata=AS_ALICE),
@@ -451,12 +483,16 @@ async def test_calls_beyond_the_limit_are_refused() -> None:
             assert (await refused(call)).reason == "TOO_MANY_IN_FLIGHT"
         first.cancel()
         await runs.closed.wait()
-        while True:  # the place is given back a moment after the stream was closed
-            try:
-                await stub.PlaceRun(pb.PlaceRunRequest(run=spec()), metadata=AS_ALICE)
-                break
-            except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        while await _is_full(stub):  # the place is given back a moment after the stream was closed
+            pass
+
+
+async def _is_full(stub: Any) -> bool:
+    try:
+        await stub.PlaceRun(pb.PlaceRunRequest(run=spec()), metadata=AS_ALICE)
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return False
 
 
 # --- errors, cancellation, slow readers ---
@@ -558,7 +594,3 @@ async def test_a_watch_has_a_longest_life(chatty: bool) -> None:
         error = await refused(events_of(stub.WatchRun(pb.WatchRunRequest(run_id="home-1"), metadata=AS_ALICE)))
     assert (error.code, error.reason, error.retry_after_s) == ("UNAVAILABLE", "WATCH_AGAIN", 0)
     assert runs.closed.is_set()
-
-
-def test_the_fakes_key_is_known() -> None:
-    assert (ALICE, ECHO.name) == (AS_ALICE[0][1], "echo")

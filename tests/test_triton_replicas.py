@@ -180,6 +180,20 @@ async def test_what_one_does_not_take_another_gets_and_it_is_asked_again_later(r
     assert rig.asked == [4, 4], "the run is at home again"
 
 
+async def test_a_step_that_was_taken_ends_the_pauses(rig: Rig) -> None:
+    executor = await rig.start(2)
+    first = rig.fakes[0]
+    run = rig.run_of(first)
+    for times in range(1, 5):
+        first.status = BUSY
+        await executor.execute(of_run(run))
+        assert first.asked == 2 * times - 1
+        rig.clock.advance(0.1)  # the longest that a first pause is
+        first.status = None
+        await executor.execute(of_run(run))
+        assert first.asked == 2 * times
+
+
 async def test_with_all_away_a_step_goes_back_after_each_was_asked_once(rig: Rig) -> None:
     executor = await rig.start(3)
     for fake in rig.fakes:

@@ -68,8 +68,8 @@ async def test_two_gateways_two_regions_and_what_dies_comes_back() -> None:
     config = configuration(regions=[{"name": "home"}, {"name": "iad"}])
     async with Stack(config, on_line=lines.append, gateways=2, triton=False) as stack:
         state_dir = stack.state_dir
-        assert stack.part_names == ("nats", "tool-home", "tool-iad", "gateway", "gateway-2")
-        assert sum("ready in" in line for line in lines) == 5
+        assert stack.part_names == ("nats", "tool-home", "tool-iad", "run-home", "run-iad", "gateway", "gateway-2")
+        assert sum("ready in" in line for line in lines) == 7
         written = json.loads((state_dir / "addresses.json").read_text())
         assert written["gateways"] == list(stack.gateway_addresses)
         assert written["nats"] == stack.nats_url
@@ -173,10 +173,11 @@ async def test_a_gateway_port_in_use_is_noticed_before_anything_starts() -> None
 def test_which_workers_there_are() -> None:
     regions = [{"name": "home"}, {"name": "iad"}]
     tools = [("tool", "home"), ("tool", "iad")]
+    runs = [("run", "home"), ("run", "iad")]
     config = configuration(regions=regions, triton={"region": "iad"})
-    assert default_workers(config) == [("infer", "iad"), *tools]
-    assert default_workers(config, triton=False) == tools
-    assert default_workers(parse({})) == [("infer", "home")]
+    assert default_workers(config) == [("infer", "iad"), *tools, *runs]
+    assert default_workers(config, triton=False) == [*tools, *runs]
+    assert default_workers(parse({})) == [("infer", "home"), ("run", "home")]
 
 
 @pytest.mark.parametrize(("url", "where"), [("", ["iad"]), ("http://qdrant:6333", ["home", "iad"])])
@@ -190,9 +191,9 @@ def test_an_embedded_vector_store_has_one_worker(url: str, where: list[str]) -> 
 
 
 @contextmanager
-def up(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+def up(tmp_path: Path, *argv: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """`nearloop up`, and its lines until it says that it is ready. Its temporary directory lies in tmp_path."""
-    command = [sys.executable, "-P", "-m", "gateway.cli", "up", "--no-triton", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-P", "-m", "gateway.cli", "up", "--no-triton", "--listen", "127.0.0.1:0", *argv]
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:

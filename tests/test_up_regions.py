@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,17 +16,19 @@ import pytest
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 from stack_support import eventually
-from test_up import configuration, nearloop, processes_of
+from test_up import configuration, echo, nearloop, processes_of, up
 from test_up_secrets import greeted, mode_of
 
 from gateway import regions_up
 from gateway.cli_up import settle
-from gateway.config import Config
+from gateway.config import Config, load
+from gateway.parts import find_nats_server
 from gateway.supervisor import PartFailed
 from gateway.up import Stack
 
 pytestmark = pytest.mark.stack
 
+CONFIG = Path(__file__).parent.parent / "config"
 NAMES = ("home", "iad", "sjc")
 
 
@@ -161,6 +165,47 @@ def test_regions_that_cannot_be(document: dict[str, object], names: list[str], s
 def test_a_distance_from_nowhere(region: str) -> None:
     with pytest.raises(PartFailed, match=f"which '{region}' is not"):
         Stack(configuration(), regions=NAMES, wan={region: 0.1})
+
+
+async def test_a_whole_stack_of_three_regions() -> None:
+    """Each region has its streams on its own server."""
+    async with Stack(configuration(), triton=False, regions=NAMES, wan={"iad": 0.02}) as stack:
+        assert stack.part_names[:4] == ("nats-home", "wan-iad", "nats-iad", "nats-sjc")
+        assert stack.part_names[4:] == (*(f"{kind}-{name}" for kind in ("tool", "run") for name in NAMES), "gateway")
+        assert await asyncio.to_thread(echo, stack.gateway_address) == {"n": 1.0}
+        async with clients(stack) as at:
+            for name in NAMES:
+                streams = {info.config.name for info in await at[name].jetstream().streams_info()}
+                assert {one for one in streams if one.startswith("NL_STEPS_")} == {f"NL_STEPS_{name.upper()}"}
+
+
+def test_the_command_says_what_it_simulates_and_where_each_server_is(tmp_path: Path) -> None:
+    with up(tmp_path, "--regions", "fra,iad", "--wan-ms", "20") as (process, lines):
+        assert "simulated: 20 ms to and fro between fra and iad" in lines
+        (state_dir,) = tmp_path.glob("nearloop-*")
+        shown = {name: (state_dir / f"nats-{name}.url").read_text().strip().rpartition("@")[2] for name in ("fra", "iad")}
+        assert (
+            f"nats fra nats://{shown['fra']}, nats iad nats://{shown['iad']} (their urls with the tokens are in {state_dir}/" in lines[-1]
+        )
+        assert echo(lines[-1].split("gateway ")[1].split(",")[0]) == {"n": 1.0}
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert not processes_of(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.glob("*.conf")), ids=lambda path: path.name)
+def test_the_server_accepts_what_is_shipped(path: Path) -> None:
+    done = subprocess.run([find_nats_server(), "-t", "-c", path], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_shipped_files_fit_each_other() -> None:
+    hub, leaf = ((CONFIG / f"nats-{name}.conf").read_text() for name in ("hub", "leaf"))
+    domains = [re.findall(r'domain: "(\w+)"', text) for text in (hub, leaf)]
+    assert domains == [[section.domain] for section in load(CONFIG / "regions.toml").regions]
+    assert re.findall(r'user: "(.+)", password: "(.+?)"', hub) == re.findall(r"nats-leaf://(.+):(.+)@", leaf)
 
 
 def test_what_the_configuration_says_of_regions_stays() -> None:

@@ -108,7 +108,6 @@ async def test_sigterm_ends_a_worker_that_waits_for_triton(tmp_path: Path) -> No
     [
         ("tools.modules = ['no_such_module']\nnats.urls = ['nats://127.0.0.1:1']", "tool", "no_such_module"),
         ("nats.ulrs = []", "tool", "did you mean 'urls'?"),
-        ("", "run", "nothing here executes steps of kind run"),
     ],
 )
 async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, text: str, kind: str, says: str) -> None:

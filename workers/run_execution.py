@@ -15,6 +15,7 @@ from functools import partial
 from gateway import run_journal
 from gateway.clock import Clock
 from gateway.errors import NearloopError, StepFailed
+from gateway.placing import NO_SAVINGS, Savings
 from gateway.ports import RunStore, Work
 from gateway.program.commands import Cancel, Command, Fail, StartCall, Wait
 from gateway.program.engine import Engine
@@ -23,6 +24,7 @@ from gateway.program.problems import RunFailed
 from gateway.run_types import RUN_EVENT, RunEvent, StepEnded, Summary, encode_event
 from gateway.types import Payload
 from workers.run_calls import Outcome, RunCalls
+from workers.run_guesses import Guess, Guesses
 from workers.run_writer import JournalWriter
 
 SLOW_S = 0.005  # a turn of the engine above it moves the run's further turns off the loop
@@ -52,7 +54,8 @@ class RunExecution:
         random: Callable[[], float],
         *,
         tokens: bool = False,
-        round_trip_s: float = 0.0,
+        savings: Savings = NO_SAVINGS,
+        guesses: Guesses | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._work = work
@@ -65,7 +68,9 @@ class RunExecution:
         self._clock = clock
         self._random = random
         self._tokens = tokens
-        self._round_trip_s = round_trip_s
+        self._savings = savings
+        self._guesses = guesses
+        self._saved_s = -savings.once_s
         self._sleep = sleep
         self._tasks: dict[str, asyncio.Task[None]] = {}  # calls and waits, by key
         self._inbox: asyncio.Queue[Outcome | TimerFired | BaseException] = asyncio.Queue()
@@ -73,13 +78,14 @@ class RunExecution:
         self._abandoning: set[asyncio.Task[None]] = set()
         self._slow = False
         self._steps, self._cost, self._token_count = 0, 0.0, 0
-        self._rounds, self._waited_us, self._waiting_since_s = 0, 0, 0.0
+        self._waited_us, self._waiting_since_s = 0, 0.0
         self._timers: dict[str, float] = {}  # wall-clock time at which a wait of an agent began, by key
 
     async def go(self, entries: Sequence[bytes]) -> Payload:
         """The output as JSON. Raises NearloopError for a run that failed, LeaseLost, CancelledError."""
         try:
             self._perform(await self._begin(entries), again=bool(entries))
+            self._look_ahead()
             while self._engine.ended is None:
                 await self._take(await self._arrived())
             return await self._finish()
@@ -91,6 +97,8 @@ class RunExecution:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), *self._abandoning, return_exceptions=True)
+            if self._guesses is not None:
+                await self._guesses.close()
             await self._writer.close()
 
     # ---- begin -----------------------------------------------------------------------------------------------------------------
@@ -175,6 +183,7 @@ class RunExecution:
         if self._writer.failure is not None:
             raise self._writer.failure
         self._perform(commands, again=False)
+        self._look_ahead()
 
     async def _turn(self, turn: Callable[[], list[Command] | None]) -> list[Command]:
         """A turn of the engine, in a thread when this run's turns have been found slow: other runs share the loop."""
@@ -194,25 +203,36 @@ class RunExecution:
                     self._abandon(command.key)
 
     def _abandon(self, key: str) -> None:
-        task = asyncio.create_task(self._calls.abandon(key), name="abandon a call")
-        self._abandoning.add(task)
-        task.add_done_callback(self._abandoning.discard)
+        for calls in (self._calls, self._guesses) if self._guesses is not None else (self._calls,):
+            task = asyncio.create_task(calls.abandon(key), name="abandon a call")
+            self._abandoning.add(task)
+            task.add_done_callback(self._abandoning.discard)
+
+    def _look_ahead(self) -> None:
+        if self._guesses is not None:
+            self._guesses.look()
 
     def _perform(self, commands: Sequence[Command], again: bool) -> None:
         idle = not self._tasks
         cancelled = {command.key for command in commands if isinstance(command, Cancel)}
         for command in commands:
             if isinstance(command, StartCall | Wait) and command.key not in cancelled:
-                work = self._call(command, again) if isinstance(command, StartCall) else self._wait(command)
+                work = self._call(command, again, self._guess(command)) if isinstance(command, StartCall) else self._wait(command)
                 self._tasks[command.key] = asyncio.create_task(work, name=f"call {command.key}")
         if idle and self._tasks:
-            self._rounds += 1
             self._waiting_since_s = self._clock.now_s()
+            started = (command for command in commands if isinstance(command, StartCall))
+            self._saved_s += max((self._savings.call_s(f"{one.kind.value}.{one.target}") for one in started), default=0.0)
 
-    async def _call(self, start: StartCall, again: bool) -> None:
+    def _guess(self, start: StartCall) -> Guess | None:
+        return self._guesses.adopt(start) if self._guesses is not None else None
+
+    async def _call(self, start: StartCall, again: bool, guess: Guess | None) -> None:
         self._emit(self._calls.started(start))
+        on_token = self._emit if self._tokens else None
         try:
-            self._inbox.put_nowait(await self._calls.make(start, again, self._emit if self._tokens else None))
+            outcome = await guess.outcome(on_token) if guess is not None else None
+            self._inbox.put_nowait(outcome or await self._calls.make(start, again, on_token))
         except Exception as error:  # a fault of ours: the run must not wait for ever
             self._inbox.put_nowait(error)
 
@@ -246,8 +266,9 @@ class RunExecution:
         return Payload(json.dumps(ended.output, separators=(",", ":"), ensure_ascii=False).encode())
 
     def _summary(self) -> Summary:
-        saved_us = int(max(0, self._rounds - 1) * self._round_trip_s * 1e6)
-        return Summary(self._region, self._runner, self._steps, self._cost, self._token_count, self._waited_us, saved_us)
+        saved_us = max(0, int(self._saved_s * 1e6))
+        made, wrong = (self._guesses.made, self._guesses.wrong) if self._guesses is not None else (0, 0)
+        return Summary(self._region, self._runner, self._steps, self._cost, self._token_count, self._waited_us, saved_us, made, wrong)
 
     async def _drop_calls(self) -> None:
         """The run was cancelled or its time is over: what still runs for it is told so."""
@@ -255,6 +276,8 @@ class RunExecution:
             task.cancel()
             self._abandon(key)
         await asyncio.gather(*self._abandoning, return_exceptions=True)
+        if self._guesses is not None:
+            self._guesses.drop()
 
 
 def failure(error: RunFailed) -> NearloopError:

@@ -15,6 +15,7 @@ from gateway.placing import Placer
 from gateway.types import StepResult
 from workers.held import Held
 from workers.keeper import Keeper
+from workers.run_guesses import CALM_S
 from workers.runner import ProgramExecutor
 
 log = logging.getLogger("nearloop.runner")
@@ -26,8 +27,21 @@ class RunParts(ProgramExecutor):
     def __init__(self, config: Config, name: str, bus: NatsGatewayBus, kernel: Kernel, clock: Clock, random: Callable[[], float]) -> None:
         region = config.gateway.region
         self._runs = NatsRunStore(bus.js_of, region, clock)
-        super().__init__(config, name, region, kernel, bus, self._runs, clock, random, InputChecker().problems)
         placer = Placer(config, bus, kernel.target)
+        check = InputChecker().problems
+        super().__init__(
+            config,
+            name,
+            region,
+            kernel,
+            bus,
+            self._runs,
+            clock,
+            random,
+            check,
+            lambda order: placer.savings(order, region),
+            is_strained=lambda: kernel.permits.is_strained(clock.now_s(), CALM_S),
+        )
         self.keeper = Keeper(region, bus, self._runs, clock, random, placer.place, config.nats.ack_wait_s)
         self._keeping: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()

@@ -14,6 +14,7 @@ from gateway import run_record
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep
+from gateway.placing import NO_SAVINGS, Savings
 from gateway.ports import GatewayBus, RunJournal, RunStore, Work
 from gateway.program import expressions
 from gateway.program.bounds import scopes
@@ -26,6 +27,7 @@ from gateway.run_types import RUN_TARGET, RunOrder
 from gateway.types import Kind, Payload, Target
 from workers.run_calls import CallService, RunCalls, mark_of
 from workers.run_execution import RunExecution
+from workers.run_guesses import GuessBudget, Guesses, GuessService
 from workers.run_writer import JournalWriter
 
 log = logging.getLogger("nearloop.runner")
@@ -60,7 +62,7 @@ class Programs:
 
 
 class ProgramExecutor:
-    """`region`: of this runner."""
+    """`region`: of this runner. is_strained(): its calls wait for permits or are refused, so there is no room for guesses."""
 
     def __init__(
         self,
@@ -73,6 +75,9 @@ class ProgramExecutor:
         clock: Clock,
         random: Callable[[], float],
         check: Check,
+        savings: Callable[[RunOrder], Savings] = lambda order: NO_SAVINGS,
+        *,
+        is_strained: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._name = name
@@ -83,7 +88,9 @@ class ProgramExecutor:
         self._clock = clock
         self._random = random
         self._check = check
+        self._savings = savings
         self._programs = Programs()
+        self._guess_budget = GuessBudget(is_strained)
 
     async def start(self) -> None:
         """Nothing to connect: the kernel's bus is started with the worker."""
@@ -141,7 +148,6 @@ class ProgramExecutor:
         writer = JournalWriter(work.step, self._name, journal, self._store, keep_s, self._clock, self._random)
         engine = Engine(order.program, order.input, self._programs.evaluation(order.program), self._schemas(order.program))
         calls = RunCalls(order, self._region, self._service, self._clock, self._random, self._check)
-        between = self._bus.round_trips().between(order.client_region or self._region, self._region)
         execution = RunExecution(
             work,
             engine,
@@ -153,9 +159,14 @@ class ProgramExecutor:
             self._clock,
             self._random,
             tokens=order.tokens,
-            round_trip_s=between or 0.0,
+            savings=self._savings(order),
+            guesses=self._guesses(work, order, engine) if order.speculate else None,
         )
         return execution, writer
+
+    def _guesses(self, work: Work, order: RunOrder, engine: Engine) -> Guesses:
+        calls = RunCalls(order, self._region, GuessService(self._service), self._clock, self._random, self._check)
+        return Guesses(order.speculate, engine, calls, self._service, self._guess_budget, tokens=order.tokens, again=work.attempt > 1)
 
     def _schemas(self, program: Program) -> dict[str, Json]:
         """Of what agents may call, for their models to see."""

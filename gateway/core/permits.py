@@ -22,6 +22,7 @@ class Permits:
 
     def __init__(self, policies: PolicySet, contain: Containment, random: Callable[[], float]) -> None:
         self.wait = Average(0.02)  # for a permit, seconds, all scopes
+        self._strained_s = float("-inf")  # when a step last waited for its permit, or was refused for load
         self._policies = policies
         self._contain = contain
         self._random = random
@@ -43,6 +44,8 @@ class Permits:
             self._refuse(permit, refusal, now_s)
         elif not permit.is_waiting:
             self.wait.add(0.0)
+        else:
+            self._strained_s = now_s
         return permit
 
     def woken(self, permit: Permit, now_s: float) -> None:
@@ -50,6 +53,7 @@ class Permits:
         if permit.refusal:
             self._refuse(permit, permit.refusal, now_s)
         else:
+            self._strained_s = now_s
             self.wait.add(permit.granted_s - permit.arrived_s)
 
     def give_up(self, permit: Permit, now_s: float, *, left: bool = False) -> bool:
@@ -96,6 +100,8 @@ class Permits:
         entered = chain.enter(flow, view, now_s)
         if isinstance(entered, Refusal):
             reject = entered.reject
+            if not reject.denied:
+                self._strained_s = now_s
             if reject.drain_hint:
                 gate.refused_s = now_s
                 hint_s = gate.retry_after_s(flow, now_s, view)
@@ -123,6 +129,10 @@ class Permits:
             scope: {"inflight": gate.inflight, "limit": gate.limit(), "waiting": gate.waiting} for scope, (_, gate) in self._scopes.items()
         }
 
+    def is_strained(self, now_s: float, within_s: float) -> bool:
+        """Does a step wait for its permit, or did one within the last seconds, or was one refused for load?"""
+        return now_s - self._strained_s < within_s or any(gate.waiting for _, gate in self._scopes.values())
+
     def fill(self, now_s: float) -> None:
         """Limits may have changed from outside."""
         for _, gate in self._scopes.values():
@@ -137,6 +147,7 @@ class Permits:
 
     def _refuse(self, permit: Permit, refusal: Refusal, now_s: float, *, tell: bool = True) -> None:
         permit.refusal = refusal
+        self._strained_s = now_s
         chain, gate = self._of(permit.flow.scope)
         chain.release(permit.reserved, permit.flow, now_s)
         permit.reserved = Reservations()

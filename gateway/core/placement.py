@@ -27,6 +27,8 @@ from gateway.run_types import Placement, RegionEstimate, RoundTrips
 from gateway.types import Kind, Target
 
 UNKNOWN_S = 0.1  # between two continents
+EQUAL_S = 0.002  # so much more, or so many times as much, is no difference: measurements are not more exact
+EQUAL_TIMES = 1.02
 EXPECTED_ITEMS = 10
 
 
@@ -160,7 +162,7 @@ def place(
     client_region: str = "",
     allowed: Sequence[Collection[str]] = (),
 ) -> Placement:
-    """The region with the least dead time; among equals (to the microsecond) the client's, then the first in `regions`.
+    """The region with the least dead time; among those that are as good as equal the client's, then the first in `regions`.
 
     regions: all of them, in the order of the configuration. runners: those with a live worker that executes programs. origin: of the
     gateway that accepts the run. allowed: sets of regions beside the program's own; an empty one allows all. network.targets has
@@ -169,7 +171,9 @@ def place(
     client = client_region if client_region in regions else origin
     estimates = [_estimate(program, network, region, runners, origin, client, (program.regions, *allowed)) for region in regions]
     order = {region: place for place, region in enumerate(regions)}
-    estimates.sort(key=lambda one: (bool(one.excluded), one.dead_s, one.region != client, order[one.region]))
+    least_s = min((one.dead_s for one in estimates if not one.excluded), default=0.0)
+    equal_s = max(least_s + EQUAL_S, least_s * EQUAL_TIMES)
+    estimates.sort(key=lambda one: (bool(one.excluded), max(one.dead_s, equal_s), one.region != client, order[one.region]))
     best = estimates[0] if estimates and not estimates[0].excluded else None
     return Placement(best.region if best else "", tuple(estimates))
 

@@ -20,6 +20,7 @@ from gateway.config import Config
 from gateway.edge.channelz import Channelz
 from gateway.edge.health import Health
 from gateway.edge.intake import random_id
+from gateway.edge.run_programs import MOST_PROGRAM_BYTES
 from gateway.edge.run_servicer import RunServicer
 from gateway.edge.servicer import GatewayServicer
 from gateway.errors import ConfigError
@@ -30,7 +31,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
 # Calls beyond gateway.max_in_flight get a rich answer from the servicer, and health checks still get through; gRPC's own limit, whose
 # answer has no details, is for a flood above that.
 FLOOD_HEADROOM = 1024
-# Inputs up to twice the limit are read, so that the answer can name the field and the limit; gRPC itself refuses larger messages.
+# Inputs and programs up to twice the limit are read, so that the answer can name the field and the limit; gRPC itself refuses larger
+# messages.
 MESSAGE_HEADROOM_BYTES = 64 * 1024
 
 
@@ -121,7 +123,7 @@ class _GenericOnly:
 
 def server_options(max_input_bytes: int) -> list[tuple[str, Any]]:
     return [
-        ("grpc.max_receive_message_length", 2 * max_input_bytes + MESSAGE_HEADROOM_BYTES),
+        ("grpc.max_receive_message_length", 2 * (max_input_bytes + MOST_PROGRAM_BYTES) + MESSAGE_HEADROOM_BYTES),
         ("grpc.max_send_message_length", -1),
         # Two servers on one port would share its connections in silence.
         ("grpc.so_reuseport", 0),

@@ -1,7 +1,7 @@
 """Programs as clients send them -> parsed and checked ones. The same program comes again and again, so that the last ones are kept.
 
-Reading and checking a large program takes up to seconds, and whoever may call can send one: that is done in a thread, one at a time, while
-the gateway goes on.
+Reading and checking a large program takes up to seconds, and whoever may call can send one: that is done in threads, one for large ones
+and one for the others, while the gateway goes on.
 """
 
 import asyncio
@@ -13,9 +13,10 @@ from typing import TypeVar
 
 from gateway.edge import convert
 from gateway.edge.program_proto import field_path, program_from_proto
+from gateway.edge.refusals import OVERLOADED_RETRY_S
 from gateway.edge.schema import FIELD, InputChecker
 from gateway.edge.tensor_checks import MAX_PROBLEMS, Problems
-from gateway.errors import InvalidStep, StepFailed
+from gateway.errors import InvalidStep, Rejected, StepFailed
 from gateway.ports import StepService
 from gateway.program.bounds import scopes
 from gateway.program.check import check
@@ -28,6 +29,8 @@ from nearloop.v1 import gateway_pb2 as pb
 from nearloop.v1 import program_pb2
 
 MOST_PROGRAM_BYTES = 256 * 1024
+LARGE_BYTES = 16 * 1024  # up to here it is a matter of milliseconds
+MOST_WAITING = 64
 KEPT_PROGRAMS = 256
 
 Targets = Mapping[str, Target]
@@ -63,10 +66,10 @@ class Programs:
     def __init__(self, service: StepService) -> None:
         self._service = service
         self._kept: OrderedDict[bytes, Known] = OrderedDict()
-        self._turn = asyncio.Lock()
+        self._small, self._large = _Turns(), _Turns()
 
     async def known(self, message: pb.RunSpec) -> Known:
-        """Raises InvalidStep with all problems, under `run.program` or `run.source`."""
+        """Raises InvalidStep with all problems, under `run.program` or `run.source`; Rejected when many others wait."""
         which = message.WhichOneof("definition")
         if which is None:
             raise InvalidStep([("run.source", "missing: a run needs a program, or its source")])
@@ -75,16 +78,17 @@ class Programs:
         if len(raw) > MOST_PROGRAM_BYTES:
             raise InvalidStep([(path, f"has {len(raw)} bytes; the limit is {MOST_PROGRAM_BYTES}")])
         name = hashlib.sha256(which.encode() + raw).digest()
+        turns = self._large if len(raw) > LARGE_BYTES else self._small
         known, source = self._kept.get(name), message.source if which == "source" else message.program
         if known is None:
-            known = await self._in_thread(lambda: _read(source, path))
+            known = await turns.take(lambda: _read(source, path))
             self._keep(name, known)
         else:
             self._kept.move_to_end(name)
         targets = self._targets(known)
         if known.targets != targets:
             catalogue = {status.target.scope: status.target for status in self._service.targets()} | targets
-            known.problems = await self._in_thread(lambda: _problems(known, catalogue, source))
+            known.problems = await turns.take(lambda: _problems(known, catalogue, source))
             known.targets = targets
         if known.problems:
             raise InvalidStep([(_under(path, place), text) for place, text in known.problems])
@@ -100,14 +104,35 @@ class Programs:
                 found[scope] = target
         return found
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        async with self._turn:
-            return await asyncio.to_thread(work)
-
     def _keep(self, name: bytes, known: Known) -> None:
         self._kept[name] = known
         if len(self._kept) > KEPT_PROGRAMS:
             self._kept.popitem(last=False)
+
+
+class _Turns:
+    """One thread at a time."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._waiting = 0
+
+    async def take(self, work: Callable[[], T]) -> T:
+        if self._waiting >= MOST_WAITING:
+            message = f"{MOST_WAITING} programs wait to be read by this gateway"
+            raise Rejected(message, reason="TOO_MANY_PROGRAMS", scope="gateway", retry_after_s=OVERLOADED_RETRY_S)
+        self._waiting += 1
+        try:
+            await self._lock.acquire()
+        finally:
+            self._waiting -= 1
+        done = asyncio.get_running_loop().run_in_executor(None, work)
+        done.add_done_callback(self._ended)
+        return await asyncio.shield(done)  # a caller that goes away does not end the thread, and so not its turn
+
+    def _ended(self, done: "asyncio.Future[T]") -> None:
+        self._lock.release()
+        done.exception()  # seen, even when its caller has gone
 
 
 def _read(source: str | program_pb2.Program, path: str) -> Known:

@@ -22,7 +22,7 @@ from gateway.edge.refusals import Load, Stalled, as_ours, parse
 from gateway.edge.sessions import Sessions
 from gateway.errors import InvalidStep, StepFailed, Unavailable
 from gateway.ports import StepService
-from gateway.types import Completed, Step, StepEvent
+from gateway.types import Completed, Kind, Step, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -153,7 +153,8 @@ class GatewayServicer:
         request = parse(pb.ListTargetsRequest, raw)
         if request.kind and request.kind not in convert.KINDS:
             raise InvalidStep([("kind", f"{request.kind} is not a kind")])
-        known = self._service.targets(convert.KINDS.get(request.kind))
+        # What executes runs is no target that a step can be for.
+        known = [item for item in self._service.targets(convert.KINDS.get(request.kind)) if item.target.kind is not Kind.RUN]
         ordered = sorted(known, key=lambda item: (convert.kind_to_proto(item.target.kind), item.target.name))
         return pb.ListTargetsResponse(targets=[convert.target_to_proto(item) for item in ordered])
 

@@ -89,6 +89,9 @@ class Calls:
     def queued(self) -> int:
         return len(self._queue)
 
+    def is_queued(self, key: str) -> bool:
+        return any(call.start.key == key for call in self._queue)
+
     def clear(self) -> None:
         self._queue.clear()
         self._running.clear()

@@ -21,15 +21,20 @@ first, the output of a run that does not fail is the same. When several calls fa
 
 Steps. What counts against `most_steps` is calls, also to an agent's model and tools, but not their further attempts.
 
+Work. All evaluations of a run together do no more than `most_work` units; the run fails with TOO_MUCH_WORK at the one that needs more, and
+that is the same one when it is replayed.
+
 Values are shared, not copied: inputs, outputs and events are not to be changed by anybody.
 """
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from gateway.program.allowance import MOST_RUN_WORK
 from gateway.program.commands import Cancel, Command, Fail, Finish, StartCall, Wait
 from gateway.program.evaluation import Evaluation
 from gateway.program.journal import Cancelled, Event, TimerFired
+from gateway.program.lookahead import Ahead, Lookahead, ReadsOnly
 from gateway.program.machine import Machine
 from gateway.program.model import Json, Program
 from gateway.program.problems import RunFailed
@@ -43,8 +48,16 @@ class Engine:
     schemas: of targets' inputs, by scope such as `tool.docs`, for the models of agents to see. ended: None until the run has.
     """
 
-    def __init__(self, program: Program, input: Json, evaluation: Evaluation, schemas: Mapping[str, Json] = NO_SCHEMAS) -> None:
-        self._machine = Machine(program, input, evaluation, schemas)
+    def __init__(
+        self,
+        program: Program,
+        input: Json,
+        evaluation: Evaluation,
+        schemas: Mapping[str, Json] = NO_SCHEMAS,
+        most_work: int = MOST_RUN_WORK,
+    ) -> None:
+        self._machine = Machine(program, input, evaluation, schemas, most_work)
+        self._lookahead = Lookahead(self._machine, evaluation)
         self.ended: Finish | Fail | None = None
 
     def start(self) -> list[Command]:
@@ -78,6 +91,18 @@ class Engine:
         machine = self._machine
         running: list[Json] = [*machine.calls.running()]
         return {"steps_done": machine.steps_done, "running": running, "queued": machine.calls.queued, "iterations": {**machine.iterations}}
+
+    def ahead(self, reads_only: ReadsOnly, most: int) -> list[Ahead]:
+        """Calls that may come later and could be made now, those first that are sure to come: see `lookahead`. Each is told once.
+
+        reads_only(kind, target): calling it changes nothing, by what is known now. The state of the run does not change, and its
+        allowance of work is not used. Not while another thread takes a turn.
+        """
+        return self._lookahead.calls(reads_only, most)
+
+    def may_come(self, ahead: Ahead) -> bool:
+        """Can the call still be asked for? False as well once it has been."""
+        return self._lookahead.may_come(ahead)
 
     def _advance(self, event: Event | None) -> list[Command]:
         machine = self._machine

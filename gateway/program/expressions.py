@@ -27,7 +27,7 @@ from gateway.program.model import Json
 
 MOST_RESULT_CHARS = 4_000_000  # of JSON, about
 MOST_RESULT_DEPTH = 100
-VALUES_PER_UNIT = 8  # of a result, to look through
+VALUES_PER_UNIT = 8  # to look through a result, or to copy a template
 MOST_SHOWN_CHARS = 120  # of an expression in a message
 _ENOUGH = 2 * MOST_WORK + MOST_RESULT_CHARS  # for any one evaluation
 
@@ -48,10 +48,12 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class CompiledTemplate:
-    """value: the template with a Compiled in place of a whole-string expression, and Parts in place of a string with some inside."""
+    """value: the template with a Compiled in place of a whole-string expression, and Parts in place of a string with some inside.
+    units: of work, for what is copied of it whatever its expressions give."""
 
     value: object
     expressions: tuple[Compiled, ...]
+    units: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,13 @@ def evaluate(compiled: Compiled, variables: Mapping[str, Json], allowance: Allow
 def compile_template(value: Json) -> CompiledTemplate:
     """Raises ValueError for the first expression that does not compile; `template_strings` finds the strings for all of them."""
     found: list[Compiled] = []
-    return CompiledTemplate(_compile(value, found), tuple(found))
+    return CompiledTemplate(_compile(value, found), tuple(found), _count(value) // VALUES_PER_UNIT)
 
 
 def render(compiled: CompiledTemplate, variables: Mapping[str, Json], allowance: Allowance | None = None) -> Json:
     """The value with its expressions filled in. Raises ExpressionFailed, and UsedUp where there is an allowance."""
+    if allowance is not None:
+        allowance.spend(compiled.units)
     return _render(compiled.value, variables, allowance)
 
 
@@ -147,6 +151,12 @@ def _compile(value: Json, found: list[Compiled]) -> object:
     if isinstance(value, dict):
         return {key: _compile(item, found) for key, item in value.items()}
     return value
+
+
+def _count(value: Json) -> int:
+    """Values of a template, itself included."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(_count(item) for item in inside)
 
 
 def _render(value: object, variables: Mapping[str, Json], allowance: Allowance | None) -> Json:
@@ -196,6 +206,7 @@ def _measure(result: object, allowance: Allowance) -> None:
             raise _TooLarge(f"has more than {MOST_RESULT_CHARS} characters of JSON")
         if depth > MOST_RESULT_DEPTH:
             raise _TooLarge(f"nests more than {MOST_RESULT_DEPTH} deep")
+    allowance.spend(chars // CHARS_PER_UNIT)  # it is copied as text sooner or later
 
 
 def _failed(compiled: Compiled, text: str) -> ExpressionFailed:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from gateway.program import model
 from gateway.program.agent_frame import AgentFrame
+from gateway.program.allowance import Allowance
 from gateway.program.calls import Asked, Calls
 from gateway.program.commands import Cancel, Command, Finish, Wait
 from gateway.program.evaluation import Evaluation
@@ -21,8 +22,8 @@ TURNS_PER_STEP = 10
 class Machine:
     """The state of one run. commands: what has been asked of the runner since they were last taken."""
 
-    def __init__(self, program: Program, input: Json, evaluation: Evaluation, schemas: Mapping[str, Json]) -> None:
-        self.evaluation = evaluation
+    def __init__(self, program: Program, input: Json, evaluation: Evaluation, schemas: Mapping[str, Json], most_work: int) -> None:
+        self.evaluation = evaluation.within(Allowance(most_work))
         self.schemas = schemas  # of targets' inputs, by scope such as `tool.docs`
         self.commands: list[Command] = []
         self.calls = Calls(program.at_once)
@@ -31,8 +32,9 @@ class Machine:
         self.outputs: dict[str, Json] = {}
         self.steps_done = 0
         self._program = program
-        self._root = Block(program.steps, {"input": input, "steps": {}}, None, 0, (), ())
-        self._agenda: deque[Block] = deque([self._root])
+        root = Block(program.steps, {"input": input, "steps": {}}, None, 0, (), ())
+        self.blocks: dict[Block, None] = {root: None}  # that are open, as a set that keeps their order
+        self._agenda: deque[Block] = deque([root])
         self._steps = self._turns = 0
 
     def go_on(self) -> None:
@@ -68,6 +70,7 @@ class Machine:
     def stop(self) -> None:
         """Forgets what was under way; `outputs` stay."""
         self._agenda.clear()
+        self.blocks.clear()
         self.calls.clear()
         self.waits.clear()
         self.commands.clear()
@@ -75,6 +78,7 @@ class Machine:
     # ---- for frames
 
     def open(self, block: Block) -> None:
+        self.blocks[block] = None
         self._agenda.append(block)
 
     def ended(self, block: Block, output: Json) -> None:
@@ -111,6 +115,7 @@ class Machine:
             raise RunFailed(node.id if node else "", text, "TOO_MANY_STEPS")
 
     def _close(self, block: Block) -> None:
+        del self.blocks[block]
         if block.owner is None:
             template, last = self._program.output, block.last
             self.commands.append(Finish(last if template is None else self.evaluation.fill(template, block.variables, "")))
