@@ -34,7 +34,7 @@ async def desk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
     port = addresses.free_port()
     parsed = config.loads(CONFIG.replace("SHOP", f"http://127.0.0.1:{port}"), "cli")
     async with (
-        running(parsed, triton=False) as stack,
+        running(parsed, triton=False, workers=[("tool", "home")]) as stack,
         NearloopClient(stack.gateway_address) as client,
         Broker(stack.nats_url) as broker,
     ):

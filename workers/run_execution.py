@@ -77,6 +77,7 @@ class RunExecution:
         writer.on_failure = self._inbox.put_nowait
         self._abandoning: set[asyncio.Task[None]] = set()
         self._slow = False
+        self._untold: list[RunEvent] = []
         self._steps, self._cost, self._token_count = 0, 0.0, 0
         self._waited_us, self._waiting_since_s = 0, 0.0
         self._timers: dict[str, float] = {}  # wall-clock time at which a wait of an agent began, by key
@@ -94,6 +95,7 @@ class RunExecution:
                 await self._drop_calls()
             raise
         finally:
+            self._tell()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), *self._abandoning, return_exceptions=True)
@@ -251,13 +253,23 @@ class RunExecution:
             self._token_count += event.tokens if isinstance(event, Completed) else 0
 
     def _emit(self, event: RunEvent) -> None:
-        self._work.emit(Payload(encode_event(event), RUN_EVENT))
+        """Told when the calls of this turn have left: nobody's next step waits for it."""
+        self._untold.append(event)
+        if len(self._untold) == 1:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._tell)
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
+        for event in untold:
+            self._work.emit(Payload(encode_event(event), RUN_EVENT))
 
     # ---- end -------------------------------------------------------------------------------------------------------------------
 
     async def _finish(self) -> Payload:
         ended = self._engine.ended
         self._emit(self._summary())
+        self._tell()
         if isinstance(ended, Fail):
             await self._writer.flush()  # what completed is all that is left of it
             raise failure(ended.error)

@@ -16,7 +16,6 @@ from gateway import subjects
 from gateway.clock import Clock
 from gateway.edge import codec, lookup
 from gateway.edge import headers as h
-from gateway.edge.batches import Batches
 from gateway.edge.dispatch import step_ttl_s
 from gateway.edge.jetstream import STREAM_FULL, WRONG_LAST_SEQUENCE, ApiError, JetStream, Message, NoAnswer, until_answered
 from gateway.edge.pages import read_subjects
@@ -35,7 +34,6 @@ class NatsRunStore:
 
     def __init__(self, js_of: Callable[[str], JetStream], region: str, clock: Clock) -> None:
         self._js_of, self._region, self._clock = js_of, region, clock
-        self._batches = Batches()
 
     # ---- records and marks, at the origin -----------------------------------------------------------------------------------------
 
@@ -45,29 +43,34 @@ class NatsRunStore:
         js = self._js_of(origin)
         left_s = max(0.0, record.deadline_s - self._clock.wall_s())
         call = js.new_call()
-        lines = (
-            f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n{codec.H_TTL}: {math.ceil(left_s + record.keep_s)}s\r\n"
-            f"{codec.H_CALL}: {call}\r\n{_H_RECORD}: {h.escape(_head(record))}\r\n"
-        )
         accepted = subjects.run_accepted(origin, record.tenant, record.id)
-        mark = subjects.run_open(origin, record.tenant, record.id)
-        mark_lines = f"{codec.H_TTL}: {math.ceil(left_s + _GRACE_S)}s\r\n"
-        messages = [(accepted, lines, record.body), (mark, mark_lines, _mark(record.region, ()))]
+        first = f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n"
+        headers = h.block(
+            f"{first}{codec.H_TTL}: {math.ceil(left_s + record.keep_s)}s\r\n{codec.H_CALL}: {call}\r\n{_H_RECORD}: {h.escape(_head(record))}\r\n"
+        )
+        mark = h.block(f"{first}{codec.H_TTL}: {math.ceil(left_s + _GRACE_S)}s\r\n")
 
         async def attempt(_: int) -> tuple[RunRecord, bool]:
-            try:
-                await self._batches.store(js, messages)
-                return record, True
-            except ApiError as error:
-                if error.err_code in WRONG_LAST_SEQUENCE:
-                    found = await js.last(subjects.RUNS_STREAM, accepted)
-                    if found is not None:  # after an unknown outcome it may be the one that this call wrote
-                        return _record(found), h.parse(found.headers).get(codec.H_CALL) == call
-                    raise NoAnswer("the record changes") from None
-                if error.err_code == STREAM_FULL:
+            """Both leave at once, the mark first: a mark without a record is taken away by a keeper, a record without one never shows."""
+            marked, stored = await asyncio.gather(
+                js.publish(subjects.run_open(origin, record.tenant, record.id), _mark(record.region, ()), mark),
+                js.publish(accepted, record.body, headers),
+                return_exceptions=True,
+            )
+            for error in (marked, stored):
+                if error is None or (isinstance(error, ApiError) and error.err_code in WRONG_LAST_SEQUENCE):
+                    continue
+                if isinstance(error, ApiError) and error.err_code == STREAM_FULL:
                     message = f"region {origin} takes no more runs: its stream {subjects.RUNS_STREAM} is full"
-                    raise Rejected(message, reason="QUEUE_FULL", scope=origin, policy="queue") from None
-                raise Unavailable(f"NATS refused the run: {error}") from None
+                    raise Rejected(message, reason="QUEUE_FULL", scope=origin, policy="queue")
+                raise error
+            if stored is None:
+                return record, True
+            found = await js.last(subjects.RUNS_STREAM, accepted)
+            if found is None:
+                raise NoAnswer("the record changes")
+            # After an unknown outcome it may be the one that this call wrote.
+            return _record(found), h.parse(found.headers).get(codec.H_CALL) == call
 
         return await until_answered("a run", attempt)
 
