@@ -98,25 +98,28 @@ def test_one_evaluation_that_does_too_much_is_its_own_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "output"),
+    ("template", "output", "most"),
     [
-        ("${steps.read.output}", "x" * 8000),
-        ("as text: ${steps.read.output}", "x" * 4000),
-        ("${steps.read.output}", list(range(2000))),
-        ({"list": [1] * 2000}, None),
+        ("${steps.read.output}", "x" * 8000, 160),
+        ("as text: ${steps.read.output}", "x" * 4000, 160),
+        ("${steps.read.output}", list(range(2000)), 25),
+        ({"list": [1] * 2000}, None, 25),
     ],
+    ids=["long", "text", "many", "template"],
 )
-def test_what_is_copied_counts(template: Json, output: Json) -> None:
+def test_what_is_copied_counts(template: Json, output: Json, most: int) -> None:
     """There is nothing to compute: it is the size of what is handed on, again and again."""
     body = (Call("send", Kind.TOOL, "x", Template(template)),)
     steps = (Call("read", Kind.TOOL, "x", Template(1)), Loop("l", Expression("loop.index < 400"), 400, body))
     engine = Engine(Program("copies", steps), None, Evaluation(expressions), most_work=6_000)
     engine.start()
     engine.apply(Completed("read", 1, output))
-    for index in range(400):
-        if engine.ended is None:
-            engine.apply(Completed(f"send/{index}", 1, None))
+    index = 0
+    while engine.ended is None:
+        engine.apply(Completed(f"send/{index}", 1, None))
+        index += 1
     assert failure(engine)[0] == "TOO_MUCH_WORK"
+    assert index < most
 
 
 def test_an_allowance_is_used_up_once_and_for_all() -> None:

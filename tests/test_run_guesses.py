@@ -1,217 +1,29 @@
-"""Calls that are made before they are known to be needed: by `RunExecution`, with a service whose answers come when the test says so."""
+"""Calls that are made before they are known to be needed: what becomes of them, rule by rule."""
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from random import Random
-from typing import Any
+from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from program_driver import SMALL, call, program, when
-from program_strategies import TARGETS, programs
+from program_driver import call, program, when
+from run_guess_rig import CLOCK, RUN, HearingBus, Run, RunWork, Service, SlowRuns, going
 from test_gate import bound, limit, rig
 
-from gateway import run_journal
-from gateway.clock import SystemClock
 from gateway.config import Config
 from gateway.errors import Denied, NearloopError, Rejected, StepFailed, Unavailable
-from gateway.ports import RunJournal
-from gateway.program import expressions
+from gateway.ports import LeaseLost
 from gateway.program.commands import StartCall
-from gateway.program.dump import dump
-from gateway.program.engine import Engine
-from gateway.program.evaluation import Evaluation
-from gateway.program.journal import Completed
-from gateway.program.model import Block, Choose, Json, Map, Parallel, Program, Retry, Template
+from gateway.program.dump import dump_program
+from gateway.program.model import Choose, Json, Parallel, Retry, Template
 from gateway.run_record import write
-from gateway.run_types import RunEvent, RunOrder, StepEnded, StepStarted, StepToken, Summary, decode_event
-from gateway.testing_runs import MemoryJournal, MemoryRuns
-from gateway.types import Completed as StepCompleted
-from gateway.types import EventKind, Kind, Payload, Status, Step, StepEvent, StepResult, Target, Timing
-from workers.run_calls import Outcome, RunCalls, step_id
-from workers.run_execution import RunExecution
-from workers.run_guesses import MOST_IN_FLIGHT, GuessBudget, Guesses, GuessService
-from workers.run_writer import JournalWriter
+from gateway.run_types import RunOrder, StepEnded, StepStarted, StepToken, Summary
+from gateway.testing_runs import MemoryRuns
+from gateway.types import Kind, Payload, Step
+from workers.run_calls import step_id
+from workers.run_guesses import MOST_IN_FLIGHT, GuessBudget
 from workers.runner import ProgramExecutor
 
-CLOCK = SystemClock()
-RUN = "home-" + "7" * 32
 CHOICE = (call("a"), Choose("c", when("steps.a.output == 1"), (call("b", "${input}"),)))
-
-
-@dataclass
-class Asked:
-    step: Step
-    again: bool
-    answer: "asyncio.Future[Json]"
-    on_event: Callable[[StepEvent], None] | None
-    was_cancelled: bool = False
-
-    def streams(self, text: str) -> None:
-        assert self.on_event is not None
-        self.on_event(StepEvent(self.step.id, EventKind.TOKEN, 1, 1, payload=Payload(text.encode())))
-
-
-class Service:
-    """Keeps what it is asked for by idempotency key, without the run: `b`, or `b/guess`. Targets that begin with `of_w` write."""
-
-    def __init__(self) -> None:
-        self.asked: dict[str, list[Asked]] = {}
-        self.abandoned: list[str] = []
-        self.writes: set[str] = set()
-        self.on_call: Callable[[str], None] = lambda key: None
-        self._news = asyncio.Event()
-
-    async def call(self, step: Step, again: bool, on_event: Callable[[StepEvent], None] | None = None) -> StepCompleted:
-        key = step.idempotency_key.partition("/")[2]
-        self.on_call(key)
-        asked = Asked(step, again, asyncio.get_running_loop().create_future(), on_event)
-        self.asked.setdefault(key, []).append(asked)
-        self._tell()
-        try:
-            output = await asked.answer
-        except asyncio.CancelledError:
-            asked.was_cancelled = True
-            raise
-        return StepCompleted(StepResult(step.id, step.tenant, Status.DONE, Payload(json.dumps(output).encode())), Timing())
-
-    async def abandon(self, step: Step) -> None:
-        self.abandoned.append(step.id)
-
-    def target(self, kind: Kind, name: str) -> Target | None:
-        return None if name == "of_none" else Target(kind, name, read_only=name not in self.writes)
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def one(self, key: str, number: int = 0) -> Asked:
-        """The call for this key, once it has come."""
-        while len(self.asked.get(key, ())) <= number:
-            await self._news.wait()
-        return self.asked[key][number]
-
-    async def answer(self, key: str, output: Json) -> None:
-        (await self.one(key)).answer.set_result(output)
-
-    async def refuse(self, key: str, error: NearloopError, number: int = 0) -> None:
-        (await self.one(key, number)).answer.set_exception(error)
-
-
-class RunWork:
-    def __init__(self, step: Step, attempt: int = 1) -> None:
-        self.step = step
-        self.attempt = attempt
-        self.queue_region = "home"
-        self.leaving = False
-        self.events: list[RunEvent] = []
-        self._news = asyncio.Event()
-
-    def remaining_s(self) -> float:
-        return 60.0
-
-    def progress(self, fraction: float, message: str) -> None: ...
-
-    def emit(self, token: Payload) -> None:
-        self.events.append(decode_event(token.data))
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def event(self, kind: type[RunEvent], key: str) -> Any:
-        while not (found := [event for event in self.events if isinstance(event, kind) and getattr(event, "key", "") == key]):
-            await self._news.wait()
-        return found[0]
-
-    @property
-    def summary(self) -> tuple[int, int]:
-        (summary,) = [event for event in self.events if isinstance(event, Summary)]
-        return summary.guesses, summary.wrong_guesses
-
-
-class SlowJournal(MemoryJournal):
-    async def append(self, entry: bytes) -> None:
-        for _ in range(20):
-            await asyncio.sleep(0)
-        await super().append(entry)
-
-
-class SlowRuns(MemoryRuns):
-    def journal(self, region: str, tenant: str, run_id: str, keep_s: float) -> RunJournal:
-        return SlowJournal(self.journals.setdefault((region, tenant, run_id), []), self._fail)
-
-    def completed(self) -> list[str]:
-        entries = [run_journal.read(entry) for journal in self.journals.values() for entry in journal]
-        return [event.key for entry in entries for event, _ in entry.events if isinstance(event, Completed)]
-
-
-class Run:
-    """One execution; everything it is given can be shared with another one."""
-
-    def __init__(
-        self,
-        what: Program | Block,
-        service: Service,
-        *,
-        given: Json = None,
-        speculate: int = 4,
-        budget: GuessBudget | None = None,
-        runs: MemoryRuns | None = None,
-        attempt: int = 1,
-        tokens: bool = False,
-        language: Any = SMALL,
-    ) -> None:
-        what = what if isinstance(what, Program) else Program("test", what)
-        deadline_s = CLOCK.wall_s() + 60.0
-        order = RunOrder(RUN, "acme", what, b"{}", given, deadline_s, tokens=tokens, speculate=speculate)
-        step = Step(RUN, "acme", Kind.RUN, "program", Payload(b"{}"), deadline_s)
-        self.runs = runs or MemoryRuns()
-        self.work = RunWork(step, attempt)
-        self.budget = budget or GuessBudget(lambda: False)
-        self.engine = Engine(what, given, Evaluation(language))
-        self.journal = self.runs.journal("home", "acme", RUN, 60.0)
-        writer = JournalWriter(step, "runner", self.journal, self.runs, 60.0, CLOCK, lambda: 0.5)
-        check: Callable[[Target, Payload], list[tuple[str, str]]] = lambda target, payload: []  # noqa: E731
-        calls = RunCalls(order, "home", service, CLOCK, lambda: 0.5, check)
-        guess_calls = RunCalls(order, "home", GuessService(service), CLOCK, lambda: 0.5, check)
-        self.guesses = Guesses(speculate, self.engine, guess_calls, service, self.budget, tokens=tokens, again=attempt > 1)
-        self.execution = RunExecution(
-            self.work,
-            self.engine,
-            calls,
-            writer,
-            self.runs,
-            "runner",
-            "home",
-            CLOCK,
-            lambda: 0.5,
-            tokens=tokens,
-            guesses=self.guesses if speculate else None,
-        )
-        self.entries: Sequence[bytes] = ()
-
-    async def go(self) -> Json:
-        return json.loads((await self.execution.go(self.entries)).data)  # type: ignore[no-any-return]
-
-
-@asynccontextmanager
-async def going(*runs: Run) -> AsyncGenerator[list["asyncio.Task[Json]"]]:
-    """Their tasks; afterwards nothing of them is left."""
-    before = asyncio.all_tasks()
-    tasks = [asyncio.create_task(run.go()) for run in runs]
-    try:
-        async with asyncio.timeout(20):
-            yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for run in runs:
-        assert run.budget.in_flight == 0
-    assert asyncio.all_tasks() == before
 
 
 # ---- adopted
@@ -263,7 +75,7 @@ async def test_the_journal_has_what_was_adopted_before_anything_goes_on_from_it(
     """Another runner does not find it under the call's id, and might get another answer."""
     service, runs = Service(), SlowRuns()
     known: dict[str, list[str]] = {}
-    service.on_call = lambda key: known.setdefault(key, runs.completed())  # type: ignore[assignment, return-value]
+    service.on_call = lambda key: known.update({key: runs.completed()})
     run = Run((call("a"), call("b"), call("w", "${steps.b.output}"), call("d", "${steps.w.output}")), service, runs=runs)
     service.writes = {"of_w"}
     async with going(run) as (task,):
@@ -543,6 +355,19 @@ async def test_a_runner_that_leaves_leaves_them_alone() -> None:
     assert guess.was_cancelled, "nobody waits here any more"
 
 
+async def test_a_runner_that_has_lost_the_run_leaves_them_alone() -> None:
+    service, runs = Service(), MemoryRuns()
+    run = Run((call("a"), call("b"), call("d")), service, runs=runs)
+    async with going(run) as (task,):
+        guess = await service.one("b/guess")
+        runs.journals["home", "acme", RUN].append(b"another runner")
+        await service.answer("a", 1)
+        with pytest.raises(LeaseLost):
+            await task
+    assert guess.step.id not in service.abandoned
+    assert guess.was_cancelled
+
+
 async def test_a_run_that_fails_withdraws_its_guesses() -> None:
     service = Service()
     run = Run((call("a"), call("b")), service)
@@ -591,20 +416,12 @@ async def test_a_retry_is_no_guess() -> None:
 # ---- by the executor
 
 
-class HearingBus:
-    class _Heard:
-        async def close(self) -> None: ...
-
-    async def hear(self, mark: str) -> Any:
-        return self._Heard()
-
-
 @pytest.mark.parametrize(("speculate", "is_strained", "guessed"), [(0, False, False), (2, True, False), (2, False, True)])
 async def test_the_executor_speculates_when_the_order_says_so(speculate: int, is_strained: bool, guessed: bool) -> None:
     service = Service()
     what = program(call("a"), call("b"))
     deadline_s = CLOCK.wall_s() + 60.0
-    order = RunOrder(RUN, "acme", what, json.dumps(dump(what)).encode(), None, deadline_s, speculate=speculate)
+    order = RunOrder(RUN, "acme", what, json.dumps(dump_program(what)).encode(), None, deadline_s, speculate=speculate)
     work = RunWork(Step(RUN, "acme", Kind.RUN, "program", Payload(write(order)), deadline_s))
     executor = ProgramExecutor(
         Config(),
@@ -628,92 +445,6 @@ async def test_the_executor_speculates_when_the_order_says_so(speculate: int, is
         assert json.loads((await task).data) == "out"
     assert ("b/guess" in service.asked) == guessed
     assert work.summary == (int(guessed), 0)
-
-
-# ---- random programs
-
-
-class World:
-    """What targets see and change: `send` writes, the others tell how often it was written. Answers after some turns of the loop."""
-
-    def __init__(self, random: Random) -> None:
-        self.random = random
-        self.sent = 0
-        self.served = 0
-
-    async def call(self, step: Step, again: bool, on_event: Callable[[StepEvent], None] | None = None) -> StepCompleted:
-        self.served += 1
-        for _ in range(self.random.randint(0, 6)):
-            await asyncio.sleep(0)
-        if step.target == "send":
-            self.sent += 1
-        elif hash_of(step) % 11 == 0:
-            raise StepFailed("broken", code="INVALID_ARGUMENT", reason="BROKEN")
-        output: Json = [None, 1, self.sent][hash_of(step) % 3]
-        for _ in range(self.random.randint(0, 6)):
-            await asyncio.sleep(0)
-        return StepCompleted(StepResult(step.id, step.tenant, Status.DONE, Payload(json.dumps(output).encode())), Timing())
-
-    async def abandon(self, step: Step) -> None: ...
-
-    def target(self, kind: Kind, name: str) -> Target | None:
-        return TARGETS.get(f"{kind.value}.{name}")
-
-
-def hash_of(step: Step) -> int:
-    return sum(step.input.data) + len(step.target)
-
-
-def in_order(block: Block) -> Block:
-    """The same without steps side by side, so that it is clear what each of them sees of the world."""
-    made = []
-    for node in block:
-        if isinstance(node, Parallel):
-            name, inner = next(iter(node.branches.items()))
-            node = replace(node, branches={name: in_order(inner)})
-        elif isinstance(node, Choose):
-            node = replace(node, then=in_order(node.then), otherwise=in_order(node.otherwise))
-        elif isinstance(node, Map):
-            node = replace(node, body=in_order(node.body), at_once=1)
-        elif hasattr(node, "body"):
-            node = replace(node, body=in_order(node.body))
-        made.append(node)
-    return tuple(made)
-
-
-async def outcome_of(what: Program, speculate: int, seed: int) -> tuple[str, int, int]:
-    world = World(Random(seed))
-    run = Run(what, world, given={"x": [1, 2]}, speculate=speculate, language=expressions)  # type: ignore[arg-type]
-    async with going(run) as (task,):
-        try:
-            output = json.dumps(await task)
-        except NearloopError as error:
-            output = f"{error.reason}: {error.message}"
-    guesses, wrong = run.work.summary
-    return output, guesses, guesses - wrong
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(programs(), st.integers(0, 1 << 30))
-def test_a_run_gives_the_same_with_guesses_and_without(what: Program, seed: int) -> None:
-    what = replace(what, steps=in_order(what.steps))
-    plain, _, _ = asyncio.run(outcome_of(what, 0, seed))
-    for speculate in (1, 4):
-        assert asyncio.run(outcome_of(what, speculate, seed + speculate))[0] == plain
-
-
-def test_random_programs_have_guesses_that_are_adopted() -> None:
-    """A test of the test."""
-    right = 0
-
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(programs())
-    def look(what: Program) -> None:
-        nonlocal right
-        right += asyncio.run(outcome_of(replace(what, steps=in_order(what.steps)), 4, 1))[2]
-
-    look()
-    assert right > 10
 
 
 async def test_a_step_that_reads_sees_what_the_one_before_it_wrote() -> None:

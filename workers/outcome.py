@@ -58,12 +58,16 @@ class Outcomes:
         return self._result(held, Status.DEAD, "ABORTED", DEAD_REASON, dead_message(max_deliver))
 
     def failed(self, held: Held, error: Exception) -> StepResult:
-        """An error that is not ours keeps its text to itself: it may quote the input."""
-        if isinstance(error, Expired):
-            return self._result(held, Status.EXPIRED, error.code, error.reason, error.message)
-        if isinstance(error, NearloopError):
-            return self._result(held, Status.FAILED, error.code, error.reason, error.message)
-        return self._result(held, Status.FAILED, "INTERNAL", "EXECUTOR_ERROR", f"the executor raised {type(error).__name__}")
+        return self._result(held, *failed_result(error))
+
+
+def failed_result(error: Exception) -> tuple[Status, str, str, str]:
+    """Status, code, reason and message. An error that is not ours keeps its text to itself: it may quote the input."""
+    if isinstance(error, Expired):
+        return Status.EXPIRED, error.code, error.reason, error.message
+    if isinstance(error, NearloopError):
+        return Status.FAILED, error.code, error.reason, error.message
+    return Status.FAILED, "INTERNAL", "EXECUTOR_ERROR", f"the executor raised {type(error).__name__}"
 
 
 def dead_message(max_deliver: int) -> str:

@@ -72,6 +72,7 @@ class RunCalls:
         self,
         order: RunOrder,
         region: str,
+        runner: str,
         service: CallService,
         clock: Clock,
         random: Callable[[], float],
@@ -80,6 +81,7 @@ class RunCalls:
     ) -> None:
         self._order = order
         self._region = region
+        self._runner = runner  # what this process executed itself is in no results stream
         self._service = service
         self._clock = clock
         self._random = random
@@ -128,7 +130,7 @@ class RunCalls:
             worker=result.worker,
             took_us=self._us_since(began_s),
         )
-        return Outcome(event, told, stored=True)
+        return Outcome(event, told, stored=result.worker != self._runner)
 
     async def abandon(self, key: str) -> None:
         """For a call whose `make` was cancelled because its outcome is not needed. What cannot be reached ends by its deadline."""

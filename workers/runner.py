@@ -147,7 +147,7 @@ class ProgramExecutor:
     def _execution(self, work: Work, order: RunOrder, journal: RunJournal, keep_s: float) -> tuple[RunExecution, JournalWriter]:
         writer = JournalWriter(work.step, self._name, journal, self._store, keep_s, self._clock, self._random)
         engine = Engine(order.program, order.input, self._programs.evaluation(order.program), self._schemas(order.program))
-        calls = RunCalls(order, self._region, self._service, self._clock, self._random, self._check)
+        calls = RunCalls(order, self._region, self._name, self._service, self._clock, self._random, self._check)
         execution = RunExecution(
             work,
             engine,
@@ -165,7 +165,7 @@ class ProgramExecutor:
         return execution, writer
 
     def _guesses(self, work: Work, order: RunOrder, engine: Engine) -> Guesses:
-        calls = RunCalls(order, self._region, GuessService(self._service), self._clock, self._random, self._check)
+        calls = RunCalls(order, self._region, self._name, GuessService(self._service), self._clock, self._random, self._check)
         return Guesses(order.speculate, engine, calls, self._service, self._guess_budget, tokens=order.tokens, again=work.attempt > 1)
 
     def _schemas(self, program: Program) -> dict[str, Json]:

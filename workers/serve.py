@@ -46,12 +46,21 @@ log = logging.getLogger("nearloop.worker")
 class _Inner:
     """A kernel of this process's own, for the steps that its executor needs."""
 
-    def __init__(self, config: Config, name: str, region: str, clock: Clock, manager: pluggy.PluginManager, policies: PolicySet) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        region: str,
+        clock: Clock,
+        manager: pluggy.PluginManager,
+        policies: PolicySet,
+        make_bus: Callable[[Config, str, Clock], NatsGatewayBus],
+    ) -> None:
         contain = Containment(log_fault(clock), clock.now_s)
         tracer = StepTracer(None, policies.all(Slot.HEAD_SAMPLING), contain, clock, random.random)
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"region": region})})
         self.config = config
-        self.bus = NatsGatewayBus(config, f"{name}-inner", clock)
+        self.bus = make_bus(config, f"{name}-inner", clock)
         targets = loader.plugin_targets(config, manager)
         self.kernel = Kernel(config, policies, self.bus, clock, random.random, tracer, contain, targets)
         self._clock = clock
@@ -111,6 +120,12 @@ def _build_executor(
     raise ConfigError("worker", [f"nothing here executes steps of kind {kind.value}: a plugin must bring nearloop_executor"])
 
 
+def _near_bus(name: str) -> Callable[[Config, str, Clock], NatsGatewayBus]:
+    from workers.near import NearBus, NearTools
+
+    return lambda config, bus_id, clock: NearBus(config, bus_id, clock, NearTools(config, name, clock))
+
+
 def _build_batching(config: Config, policies: PolicySet) -> Batching | None:
     """None without a policy for it: each step is sent at once."""
     if not policies.entries.get(Slot.BATCHING):
@@ -136,7 +151,8 @@ async def run_worker(
     inner: list[_Inner] = []
 
     def make_inner() -> _Inner:
-        inner.append(_Inner(config, name, region, clock, manager, policies))
+        make_bus = _near_bus(name) if kind is Kind.RUN and config.worker.near_calls and config.tools.http else NatsGatewayBus
+        inner.append(_Inner(config, name, region, clock, manager, policies, make_bus))
         return inner[0]
 
     stats = WorkerStats(kind, region)
