@@ -223,4 +223,4 @@ async def test_a_region_that_is_away_stops_no_other(rig: RegionsRig, caplog: pyt
     assert await done(future) == make_result(waiting)
     assert await starting.result(rig.tenant, job.step.id, "iad") == make_result(job.step)
     noise = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(noise) == len(set(noise)) <= 12, noise
+    assert len(noise) == len(set(noise)) <= 3, noise  # of a gateway and a worker each, that it is away
