@@ -1,6 +1,7 @@
 """A real nats-server for tests, on a free port with a store of its own."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +57,15 @@ class NatsProcess:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def pause(self) -> None:
+        """Hangs: its connections stay open, and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self._process is not None:
