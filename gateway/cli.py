@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gateway import __version__, cli_client, cli_doctor, cli_plugins, cli_program
+from gateway import __version__, cli_client, cli_doctor, cli_plugins, cli_program, cli_runs
 from gateway.cli_common import ConfigFile, Group, run_async
 from gateway.config import Config, load
 from gateway.supervised import PartFailed
@@ -48,6 +48,12 @@ def up(
     nats: Annotated[str, typer.Option(metavar="URL", help="Use this NATS server instead of starting one.")] = "",
     triton: Annotated[str, typer.Option(metavar="HOST:PORT", help="Use the Triton with this gRPC address instead of starting one.")] = "",
     no_triton: Annotated[bool, typer.Option("--no-triton", help="No models.")] = False,
+    regions: Annotated[
+        str, typer.Option(metavar="NAME,NAME,...", help="Give each of these regions a nats-server of its own; the first is the gateway's.")
+    ] = "",
+    wan_ms: Annotated[
+        float, typer.Option(min=0, max=2000, help="With --regions: simulate this round trip between the first region and each other one.")
+    ] = 0.0,
     gateways: Annotated[int, typer.Option(min=1, help="How many gateways; the second and further ones take free ports.")] = 1,
     nats_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
     nats_http_port: Annotated[int, typer.Option(min=0, max=65535, help="nats-server's monitoring. 0: any free one.")] = 0,
@@ -56,12 +62,24 @@ def up(
     triton_metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
 ) -> None:
     """Start nats-server, Triton, workers and a gateway; restart what dies; stop all on Ctrl-C."""
-    from gateway.cli_up import settle, stay_up
-    from gateway.up import Ports
+    from gateway.cli_up import settle, split_regions, stay_up
+    from gateway.up import Ports, Stack
 
-    config = settle(load(config_file), config_file is None, listen, nats, triton, typer.echo)
-    ports = Ports(nats_port, nats_http_port, triton_port, triton_http_port, triton_metrics_port)
-    run_async(lambda: stay_up(config, state_dir, not no_triton, gateways, ports, typer.echo))
+    names = split_regions(regions, wan_ms)
+    config = settle(load(config_file), config_file is None, listen, nats, triton, typer.echo, names)
+    stack = Stack(
+        config,
+        state_dir=state_dir,
+        on_line=typer.echo,
+        gateways=gateways,
+        triton=not no_triton,
+        ports=Ports(nats_port, nats_http_port, triton_port, triton_http_port, triton_metrics_port),
+        regions=names,
+        wan=dict.fromkeys(names[1:], wan_ms / 1000) if wan_ms else {},
+    )
+    if wan_ms:
+        typer.echo(f"simulated: {wan_ms:g} ms to and fro between {names[0]} and {', '.join(names[1:])}")
+    run_async(lambda: stay_up(stack, typer.echo))
 
 
 @app.command(epilog="Example: `nearloop gateway --config config/nearloop.toml --listen 127.0.0.1:50051`")
@@ -87,7 +105,7 @@ def gateway(
 
 @app.command(epilog="Example: `nearloop worker tools --region home --config config/nearloop.toml`")
 def worker(
-    what: Annotated[str, typer.Argument(metavar="{triton|tools|retrieve}", help="What it executes.")],
+    what: Annotated[str, typer.Argument(metavar="{triton|tools|retrieve|runs}", help="What it executes.")],
     region: Annotated[str, typer.Option(help="The region that it belongs to.")],
     config_file: ConfigFile = None,
 ) -> None:
@@ -96,7 +114,7 @@ def worker(
 
     kinds = {word: kind for kind, word in WORKER_WORDS.items()}
     if what not in kinds:
-        raise typer.BadParameter(f"{what!r} is no worker: say triton, tools or retrieve")
+        raise typer.BadParameter(f"{what!r} is no worker: say triton, tools, retrieve or runs")
     config = load(config_file)
     if region not in config.region_names:
         raise typer.BadParameter(f"there is no region {region!r} in the configuration: it has {', '.join(config.region_names)}")
@@ -176,6 +194,7 @@ cli_client.register(app)
 cli_doctor.register(app)
 cli_plugins.register(app)
 cli_program.register(app)
+cli_runs.register(app)
 app.add_typer(config_app, name="config")
 
 if __name__ == "__main__":

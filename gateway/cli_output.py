@@ -142,8 +142,8 @@ def _job(job: "ClientJob") -> dict[str, Any]:
         "target": job.target,
         "lane": job.lane.value,
         "region": job.region,
-        "create_time": _time(job.created_s),
-        "expire_time": _time(job.expires_s),
+        "create_time": time_text(job.created_s),
+        "expire_time": time_text(job.expires_s),
         "result": _result(job.result) if job.result is not None else None,
         "failure": {"code": failure.code, "reason": failure.reason, "message": failure.message} if failure is not None else None,
     }
@@ -167,5 +167,5 @@ def _target(status: TargetStatus) -> dict[str, Any]:
     }
 
 
-def _time(time_s: float) -> str:
+def time_text(time_s: float) -> str:
     return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")

@@ -16,22 +16,35 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from gateway.client_pushback import Pushback
-from gateway.client_retry import RetryBudget, RetryPolicy, may_retry
+from gateway.client_resume import resumed
+from gateway.client_retry import RetryBudget, RetryPolicy
+from gateway.client_run_values import ClientRun, RunItem, RunOutput, RunStarted
+from gateway.client_runs import RunMethods
 from gateway.client_session import ClientSession
 from gateway.client_throttle import ThrottlePolicy
 from gateway.client_values import ClientJob, ClientResult, Input, event_from_proto, input_to_proto, job_from_proto, result_from_proto
 from gateway.edge import convert
 from gateway.edge.calls import Calls
-from gateway.edge.dial import CONNECT_TIMEOUT_S, Gateways, read
+from gateway.edge.dial import Gateways, read
 from gateway.edge.session_call import SessionCall
-from gateway.errors import NearloopError
 from gateway.types import Kind, Lane, StepEvent, TargetStatus
 from nearloop.v1 import gateway_pb2 as pb
 
 if TYPE_CHECKING:
     from nearloop.v1.gateway_pb2_grpc import GatewayAsyncStub
 
-__all__ = ["ClientJob", "ClientResult", "ClientSession", "NearloopClient", "RetryPolicy", "ThrottlePolicy"]
+__all__ = [
+    "ClientJob",
+    "ClientResult",
+    "ClientRun",
+    "ClientSession",
+    "NearloopClient",
+    "RetryPolicy",
+    "RunItem",
+    "RunOutput",
+    "RunStarted",
+    "ThrottlePolicy",
+]
 
 T = TypeVar("T")
 Items = AsyncGenerator[StepEvent | ClientResult, None]
@@ -40,7 +53,7 @@ Items = AsyncGenerator[StepEvent | ClientResult, None]
 GRACE_S = 0.5
 
 
-class NearloopClient:
+class NearloopClient(RunMethods):
     """One or several gateways that are equal. Errors are those of `gateway.errors`, with reason, scope, retry_after_s and fields.
 
     tls is True for the machine's certificate authorities, or credentials of your own. timeout_s is for calls that name none. throttle:
@@ -195,30 +208,15 @@ class NearloopClient:
 
         Raises the error that the job ended with, Expired after timeout_s (default: none), other NearloopErrors.
         """
+
+        def watch(stub: "GatewayAsyncStub", attempt: int, after_sequence: int, left_s: float | None) -> AsyncGenerator[pb.Event, None]:
+            request = pb.WatchJobRequest(job_id=job_id, attempt=attempt, after_sequence=after_sequence)
+            return read(stub.WatchJob(request, timeout=left_s, metadata=self._metadata))
+
         deadline_s = None if timeout_s is None else _now_s() + timeout_s
-        failures, index = 0, self._gateways.current
-        while True:
-            left_s = None if deadline_s is None else max(0.001, deadline_s - _now_s())
-            try:
-                stub = await self._gateways.stub(index, CONNECT_TIMEOUT_S if left_s is None else left_s)
-                request = pb.WatchJobRequest(job_id=job_id, attempt=attempt, after_sequence=after_sequence)
-                async with aclosing(_values(read(stub.WatchJob(request, timeout=left_s, metadata=self._metadata)))) as items:
-                    async for item in items:
-                        failures = 0
-                        if isinstance(item, ClientResult):
-                            yield item
-                            return
-                        if (item.attempt, item.sequence) > (attempt, after_sequence):
-                            attempt, after_sequence = item.attempt, item.sequence
-                            yield item
-            except NearloopError as error:
-                if not may_retry(error, repeatable=True):
-                    raise
-                failures, index = failures + 1, self._gateways.after(index, error)
-                wait_s = self._retries.wait_s(failures, error, random.random)
-                if deadline_s is not None and _now_s() + wait_s >= deadline_s:
-                    raise
-                await asyncio.sleep(wait_s)
+        async with aclosing(_values(resumed(self._gateways, self._retries, watch, attempt, after_sequence, deadline_s))) as items:
+            async for item in items:
+                yield item
 
     # --- targets ---
 

@@ -6,6 +6,7 @@ Every section has defaults, so an empty file is a working configuration of one r
 import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,12 +103,27 @@ class RegionSection(Section):
 
 
 class TritonSection(Section):
-    """Triton's gRPC address. Without a url, `nearloop up` starts a Triton of its own with the models of `repository`."""
+    """Triton's gRPC address, or those of several that serve the same models. Without any, `nearloop up` starts a Triton of its own with
+    the models of `repository`."""
 
     url: str = ""
+    urls: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     repository: str = ""  # default: the models that Nearloop brings
     region: RegionName = "home"
     max_message_bytes: PositiveInt = 16 * 1024 * 1024
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of each replica, in order; empty without a Triton."""
+        return tuple(url.removeprefix("grpc://") for url in self.urls or (self.url,) if url)
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> "TritonSection":
+        if self.url and self.urls:
+            raise ValueError("url and urls are both given: name all replicas in urls, or the only one as url")
+        if len(set(self.addresses)) != len(self.urls or self.addresses):
+            raise ValueError("urls: an address is empty or there more than once")
+        return self
 
 
 class TargetSection(Section):
@@ -123,6 +139,7 @@ class TargetSection(Section):
     read_only: bool = False
     idempotent: bool = False
     max_deliver: Annotated[int, Field(ge=1, le=100)] = 5
+    regions: tuple[RegionName, ...] = ()  # in which its steps may be executed, and runs that call it; empty: any
 
     def target(self) -> Target:
         return Target(**self.model_dump())
@@ -140,6 +157,7 @@ class HttpToolSection(Section):
     headers: dict[str, str] = {}
     input_schema: dict[str, Any] = {"type": "object"}
     max_response_bytes: PositiveInt = 1024 * 1024
+    probe: bool = True  # a HEAD request to the root of its server each minute, to know how far away it is; without the headers
 
 
 class ToolsSection(Section):
@@ -152,11 +170,24 @@ class ToolsSection(Section):
 
 
 class CollectionSection(Section):
-    """A vector collection: a target of kind retrieve."""
+    """A vector collection: a target of kind retrieve. One with shards has no points of its own: they are other collections, of this
+    configuration or of other workers, and `missing` says what becomes of a query when one of them does not answer."""
 
     name: Id
     dimensions: PositiveInt = 384
     embed_target: Id = "embed"
+    shards: Annotated[tuple[Id, ...], Field(max_length=64)] = ()
+    missing: Literal["fail", "partial"] = "fail"
+
+    @model_validator(mode="after")
+    def _shards_are_others(self) -> "CollectionSection":
+        if len(set(self.shards)) < len(self.shards):
+            raise ValueError(f"collection {self.name!r}: a shard is named more than once")
+        if self.name in self.shards:
+            raise ValueError(f"collection {self.name!r} is among its own shards")
+        if self.missing == "partial" and not self.shards:
+            raise ValueError(f"collection {self.name!r}: missing is about shards, and it has none")
+        return self
 
 
 class RetrieveSection(Section):
@@ -168,6 +199,18 @@ class RetrieveSection(Section):
     collections: tuple[CollectionSection, ...] = ()
     slots: PositiveInt = 16
 
+    @model_validator(mode="after")
+    def _shards_fit(self) -> "RetrieveSection":
+        known = {section.name: section for section in self.collections}
+        for whole in self.collections:
+            for shard in (known[name] for name in whole.shards if name in known):  # another worker may serve one that is not here
+                if shard.shards:
+                    raise ValueError(f"collection {whole.name!r}: its shard {shard.name!r} has shards itself")
+                for word in ("dimensions", "embed_target"):
+                    if getattr(shard, word) != getattr(whole, word):
+                        raise ValueError(f"collection {whole.name!r}: its shard {shard.name!r} has another {word}")
+        return self
+
 
 class WorkerSection(Section):
     """All workers. far_regions lets a worker take steps from other regions when no near worker is free."""
@@ -175,6 +218,7 @@ class WorkerSection(Section):
     heartbeat_s: Positive = 2.0
     drain_s: Positive = 20.0
     far_regions: bool = True
+    runs: PositiveInt = 256  # that a runner executes at a time
 
 
 class TelemetrySection(Section):
@@ -235,11 +279,13 @@ class Config(Section):
 
     def round_trip_s(self, one: str, other: str) -> float:
         """Configured round trip between two regions, seconds; 0 within a region or when nothing is known."""
-        for here, there in ((one, other), (other, one)):
-            for region in self.regions:
-                if region.name == here and there in region.round_trip_ms:
-                    return region.round_trip_ms[there] / 1000
-        return 0.0
+        found = self.round_trips_s
+        return found.get((one, other), found.get((other, one), 0.0))
+
+    @property
+    def round_trips_s(self) -> Mapping[tuple[str, str], float]:
+        """Configured round trips, seconds, by the two regions as they were given."""
+        return {(region.name, other): ms / 1000 for region in self.regions for other, ms in region.round_trip_ms.items()}
 
     def target_section(self, kind: Kind, name: str) -> TargetSection | None:
         return next((section for section in self.targets if (section.kind, section.name) == (kind, name)), None)
@@ -264,10 +310,14 @@ def _problems_across(config: Config) -> list[str]:
     names = config.region_names
     uses = [("gateway.region", config.gateway.region), ("triton.region", config.triton.region)]
     uses += [(f"targets.{index}.home_region", section.home_region) for index, section in enumerate(config.targets)]
+    uses += [(f"targets.{index}.regions", region) for index, section in enumerate(config.targets) for region in section.regions]
     uses += [(f"regions.{index}.round_trip_ms", other) for index, r in enumerate(config.regions) for other in r.round_trip_ms]
     for where, region in uses:
         if region not in names:
             problems.append(f"{where}: there is no region {region!r} in [[regions]]{_nearest(region, names)}")
+    for index, section in enumerate(config.targets):
+        if section.regions and section.home_region not in section.regions:
+            problems.append(f"targets.{index}.regions: its home_region {section.home_region!r} is not among them")
     problems += _server_problems(config)
     scopes = [f"targets: {section.kind.value} {section.name}" for section in config.targets]
     tools = [f"tools.http: {tool.name}" for tool in config.tools.http]

@@ -46,7 +46,7 @@ class Where:
     gateway: str
     nats: tuple[str, ...] = ()
     nats_monitoring: str = ""
-    triton: str = ""
+    triton: str = ""  # several: with commas between
 
 
 def running_stack(gateway: str) -> dict[str, Any]:
@@ -64,7 +64,8 @@ def find(config: Config, gateway: str, nats: str, triton: str) -> Where:
     """Options first, then the configuration, then a stack that runs on this machine."""
     stack = running_stack(gateway)
     urls = tuple(nats.split(",")) if nats else config.nats_urls(config.gateway.region) or tuple(filter(None, [stack.get("nats", "")]))
-    return Where(gateway, urls, str(stack.get("nats_monitoring", "")), triton or config.triton.url or str(stack.get("triton", "")))
+    triton = triton or ",".join(config.triton.addresses) or str(stack.get("triton", ""))
+    return Where(gateway, urls, str(stack.get("nats_monitoring", "")), triton)
 
 
 async def examine_all(config: Config, where: Where) -> list[Check]:
@@ -251,17 +252,19 @@ async def _flow_control(where: Where) -> list[Check]:
 async def _triton(where: Where) -> list[Check]:
     if not where.triton:
         return [Check("Triton", State.NOTE, "no address is known", "name it with --triton or --config, or start `nearloop up`")]
+    return list(await asyncio.gather(*(_one_triton(address) for address in where.triton.split(","))))
+
+
+async def _one_triton(address: str) -> Check:
     try:
-        report = await examine.examine_triton(where.triton)
+        report = await examine.examine_triton(address)
     except Exception as error:
-        return [
-            Check("Triton", State.WRONG, f"does not answer at {where.triton} ({_short(error)})", "start it, or correct its gRPC address")
-        ]
+        return Check("Triton", State.WRONG, f"does not answer at {address} ({_short(error)})", "start it, or correct its gRPC address")
     bad = [f"{name}: {reason or state}" for name, (state, reason) in report.models.items() if state != "READY"]
-    found = f"{report.version} at {where.triton}; models {', '.join(sorted(report.models)) or 'none'}"
+    found = f"{report.version} at {address}; models {', '.join(sorted(report.models)) or 'none'}"
     if bad or not report.ready:
-        return [Check("Triton", State.WRONG, found, f"not ready: {'; '.join(bad) or 'see its log'}")]
-    return [Check("Triton", State.OK, found)]
+        return Check("Triton", State.WRONG, found, f"not ready: {'; '.join(bad) or 'see its log'}")
+    return Check("Triton", State.OK, found)
 
 
 def _short(error: Exception) -> str:

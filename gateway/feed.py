@@ -48,9 +48,10 @@ class StepFeed:
         self._replay: Task[Sequence[StepEvent]] | None = None
         self._subscription: Subscription | None = None
         self._outcome: Future[StepResult] | None = None
+        self._stored: StepResult | None = None
 
     async def __aenter__(self) -> Self:
-        self._subscription = await self._bus.watch(self._tenant, self._step_id, self._on_event)
+        self._subscription = await self._bus.watch(self._tenant, self._step_id, self._on_event, self._on_result if self._find_result else None)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -103,11 +104,20 @@ class StepFeed:
             return None
 
     async def _look(self) -> StepResult | None:
-        if self._outcome is not None:
-            return None
+        if self._outcome is not None or self._stored is not None:
+            return self._stored
         if self._find_result:
             return await self._find_result()
         return await self._bus.result(self._tenant, self._step_id)
+
+    def _on_result(self, result: StepResult) -> None:
+        """The results stream itself told it, after the events before it: in their order it is a hint to look."""
+        self._stored = result
+        hint = StepEvent(self._step_id, EventKind.ENDED, 0, 0)
+        if self._held:
+            self._held.append(hint)
+        else:
+            self._items.put_nowait(hint)
 
     def _on_event(self, event: StepEvent) -> None:
         if self._items.qsize() + len(self._held) >= MAX_BUFFERED and event.kind is not EventKind.ENDED:

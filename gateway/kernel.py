@@ -8,8 +8,8 @@ Execute with an idempotency key is Submit, then waiting for the job: the same ke
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from gateway.jobs import Jobs
 from gateway.permits import PermitDesk
 from gateway.policy import CreditView, Reject, Slot
 from gateway.ports import GatewayBus, Tracer
+from gateway.run_types import RoundTrips
 from gateway.types import (
     LANE_TIER,
     BatchCost,
@@ -87,7 +88,7 @@ class Kernel:
 
     async def execute(self, step: Step) -> Completed:
         if not self._bus.connected:
-            await self._need_transport()
+            await self.need_transport()
         if step.idempotency_key:
             return await self._execute_durably(step)
         with self._begin(step) as passage:
@@ -101,8 +102,42 @@ class Kernel:
                 self._withdraw(passage, region)
                 raise
 
+    async def call(self, step: Step, again: bool, on_event: Callable[[StepEvent], None] | None = None) -> Completed:
+        """A step of a run: `Execute` without a job of its own, since its runner asks for it again until it knows the outcome.
+
+        again: it may have been sent before, under the same id. Then its result is looked for, and it is sent only when no queue has it.
+        on_event: hears what a step that streams tells. When the caller is cancelled the step goes on: see `abandon`.
+        """
+        await self.need_transport()
+        stored, region = await self._sent_before(step) if again else (None, "")
+        if stored is not None:
+            if error := outcome.failure(stored):
+                raise error
+            return outcome.completed(stored, 0.0, (stored.queue_us + stored.service_us) / 1e6)
+        with self._begin(step) as passage:
+            await self._permits.acquire(passage)
+            watch = await self._bus.watch(step.tenant, step.id, on_event) if on_event else None
+            try:
+                waiting = self._bus.resume(passage.step, region) if region else self._bus.execute(passage.step, self._route(passage))
+                passage.stored(self._clock.now_s())
+                return self._completed(passage, await waiting)
+            finally:
+                if watch is not None:
+                    await watch.close()
+
+    async def abandon(self, step: Step) -> None:
+        """Nobody needs the step of a run any more."""
+        await asyncio.gather(*(self._bus.withdraw(step, region) for region in self._serving(step)))
+
+    async def _sent_before(self, step: Step) -> tuple[StepResult | None, str]:
+        return await self._bus.locate(step, self._serving(step))
+
+    def _serving(self, step: Step) -> list[str]:
+        """The regions that it can have been sent to."""
+        return [endpoint.region for endpoint in self._endpoints(step.kind, step.target) if endpoint.workers or endpoint.home]
+
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:
-        await self._need_transport()
+        await self.need_transport()
         with self._begin(step) as passage:
             await self._permits.acquire(passage)
             step, region = passage.step, ""
@@ -147,7 +182,7 @@ class Kernel:
         target = self.target(step.kind, step.target)
         return replace(step, deadline_s=max(step.deadline_s, self._clock.wall_s() + target.timeout_s)) if target else step
 
-    async def _need_transport(self) -> None:
+    async def need_transport(self) -> None:
         """Rides out a short break. Raises Unavailable when it is longer: then nothing was stored, and saying so at once is honest."""
         give_up_s = self._clock.now_s() + RECONNECT_PATIENCE_S
         while not self._bus.connected:
@@ -232,45 +267,53 @@ class Kernel:
 
     def _endpoints(self, kind: Kind, name: str) -> tuple[Endpoint, ...]:
         target = self.target(kind, name) or Target(kind, name)
-        here = self._config.gateway.region
-        regions = self._config.region_names
-        return routing.endpoints(target, regions, self._bus.workers(), lambda region: self._config.round_trip_s(here, region))
+        here, regions = self._config.gateway.region, self._config.region_names
+        return routing.endpoints(target, regions, self._bus.workers(), self.round_trips(), here)
+
+    def round_trips(self) -> RoundTrips:
+        """As measured; as configured where nothing was."""
+        return routing.known_round_trips(self._bus.round_trips(), self._config.round_trips_s)
 
     # ---- jobs ------------------------------------------------------------------------------------------------------------------
 
     async def submit(self, step: Step) -> tuple[JobStatus, bool]:
         """Jobs wait in the queue, not at the gate: only the admission chain is asked."""
-        await self._need_transport()
+        await self.need_transport()
+        with self.reserved(step) as step:
+            job, created = await self._jobs.store(step)
+        return (JobStatus(job, JobState.QUEUED) if created else await self._jobs.status(job)), created
+
+    @contextmanager
+    def reserved(self, step: Step) -> Iterator[Step]:
+        """Around storing a job or a run: asks the admission chain, and takes it back when storing fails. Raises Rejected, Denied."""
         flow = self._classify(step)
         step, span = self._tracer.start(step, flow)
         try:
             reserved = self._permits.reserve(flow)
+            try:
+                yield step
+            except BaseException:
+                self._permits.give_back(reserved, flow)
+                raise
         except BaseException as error:
-            self._tracer.end(span, error)
-            raise
-        try:
-            job, created = await self._jobs.store(step)
-        except BaseException as error:
-            self._permits.give_back(reserved, flow)
             self._tracer.end(span, error)
             raise
         self._tracer.end(span, None)
         self._permits.settle(reserved, flow)
-        return (JobStatus(job, JobState.QUEUED) if created else await self._jobs.status(job)), created
 
     async def job(self, tenant: str, job_id: str) -> JobStatus:
-        await self._need_transport()
+        await self.need_transport()
         return await self._jobs.status(await self._jobs.find(tenant, job_id))
 
     async def watch(self, tenant: str, job_id: str, attempt: int, after_sequence: int) -> AsyncGenerator[StepEvent | Completed, None]:
-        await self._need_transport()
+        await self.need_transport()
         job = await self._jobs.find(tenant, job_id)
         async with aclosing(self._jobs.watch(job, attempt, after_sequence)) as items:
             async for item in items:
                 yield item
 
     async def cancel(self, tenant: str, job_id: str) -> JobStatus:
-        await self._need_transport()
+        await self.need_transport()
         job = await self._jobs.find(tenant, job_id)
         await self._jobs.cancel(job)
         return await self._jobs.status(job)

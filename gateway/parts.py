@@ -5,17 +5,20 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from gateway import private_files
 from gateway.addresses import shown_url as shown_url
+from gateway.config import Config
 from gateway.edge import probes
 from gateway.supervisor import Part, PartFailed
+from gateway.types import Kind
 
 # The words of the command line for the kinds that a worker executes.
-WORKER_WORDS: Mapping[str, str] = {"infer": "triton", "tool": "tools", "retrieve": "retrieve"}
+WORKER_WORDS: Mapping[str, str] = {"infer": "triton", "tool": "tools", "retrieve": "retrieve", "run": "runs"}
 
 
 def find_nats_server() -> Path:
@@ -40,19 +43,21 @@ def check_python() -> None:
         raise PartFailed(f"Python {sys.version_info.major}.{sys.version_info.minor} is not supported: use 3.11 or 3.12")
 
 
-def nats_part(state_dir: Path, port: int, monitoring_port: int, token: str) -> Part:
-    """Who connects has to know the token: other users of this machine reach the port, and all inputs pass through there."""
+def nats_part(name: str, state_dir: Path, port: int, *, uses: tuple[str, ...] = (), **options: Any) -> Part:
+    """options are those of server_config. With a token, who connects has to know it: other users of this machine reach the port, and all
+    inputs pass through there."""
     from gateway.edge.server_config import server_config
 
-    store = private_files.folder(state_dir / "nats")
-    config = state_dir / "nats.conf"
-    private_files.write(config, server_config(port, str(store), monitor_port=monitoring_port, token=token))
+    store = private_files.folder(state_dir / name)
+    config = state_dir / f"{name}.conf"
+    private_files.write(config, server_config(port, str(store), **options))
     url = f"nats://127.0.0.1:{port}"
     return Part(
-        name="nats",
+        name=name,
         argv=(str(find_nats_server()), "-c", str(config)),
         probe=lambda: probes.nats_ready(url),
         address=url,
+        uses=uses,
     )
 
 
@@ -169,12 +174,31 @@ async def check_existing_nats(urls: tuple[str, ...]) -> None:
     raise PartFailed("; ".join(problems))
 
 
-async def check_existing_triton(address: str) -> None:
-    """Raises PartFailed when Triton does not answer or is not ready."""
-    try:
-        if await probes.triton_ready(address):
-            return
-        problem = "is not ready: look at its log for a model that fails to load"
-    except Exception as error:
-        problem = f"does not answer ({type(error).__name__}): correct --triton (its gRPC port), or leave it out to start one here"
-    raise PartFailed(f"Triton at {address} {problem}")
+async def check_existing_triton(addresses: Sequence[str]) -> None:
+    """Raises PartFailed when none of the Tritons is ready."""
+    problems = []
+    for address in addresses:
+        try:
+            if await probes.triton_ready(address):
+                return
+            problem = "is not ready: look at its log for a model that fails to load"
+        except Exception as error:
+            problem = f"does not answer ({type(error).__name__}): correct --triton (its gRPC port), or leave it out to start one here"
+        problems.append(f"Triton at {address} {problem}")
+    raise PartFailed("; ".join(problems))
+
+
+def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
+    """One worker for each kind that has something to serve in each region, as (kind, region).
+
+    Models are served in triton.region. A vector store that is embedded in its worker has exactly one worker, since two would not see
+    each other's points: in the home region of its first collection.
+    """
+    workers = [("infer", config.triton.region)] if triton else []
+    if config.tools.modules or config.tools.http:
+        workers += [("tool", region) for region in config.region_names]
+    if config.retrieve.collections:
+        first = config.target_section(Kind.RETRIEVE, config.retrieve.collections[0].name)
+        home = first.home_region if first else config.region_names[0]
+        workers += [("retrieve", region) for region in (config.region_names if config.retrieve.url else (home,))]
+    return workers

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway.run_types import Placement, RoundTrip, RoundTrips, RunOrder, RunStatus
+from gateway.run_types import OpenRun, Placement, RoundTrip, RoundTrips, RunOrder, RunRecord, RunStatus
 from gateway.types import (
     Completed,
     Flow,
@@ -93,6 +93,68 @@ class RunService(Protocol):
         ...
 
 
+class LeaseLost(Exception):
+    """Another runner has taken the run over: this one must stop, and say nothing more about it."""
+
+
+class RunJournal(Protocol):
+    """What happened in a run, kept in the region that executes it. One runner at a time can append."""
+
+    async def read(self) -> Sequence[bytes]:
+        """All entries, in order; `append` goes on after the last. Raises Unavailable."""
+        ...
+
+    async def append(self, entry: bytes) -> None:
+        """Returns when it is stored. Raises LeaseLost when somebody else has appended since, Unavailable (then it may be stored; the
+        same entry again is safe), InvalidStep when it is too large for the transport."""
+        ...
+
+
+class RunStore(Protocol):
+    """Where runs are kept: the record at its origin, the journal where it runs. Everything raises Unavailable when the region that has
+    it does not answer."""
+
+    async def accept(self, record: RunRecord) -> tuple[RunRecord, bool]:
+        """Stores the record, and a mark that it is open, both or neither: True. False with the record that was there already."""
+        ...
+
+    async def find(self, tenant: str, run_id: str) -> RunRecord | None: ...
+
+    async def mark(self, tenant: str, run_id: str) -> OpenRun | None:
+        """None once the run has been closed."""
+        ...
+
+    async def open_runs(self, origin: str) -> Sequence[OpenRun]: ...
+
+    async def move(self, run: OpenRun, region: str) -> OpenRun | None:
+        """Notes that the run is placed elsewhere now; None when another keeper was first."""
+        ...
+
+    async def close_run(self, tenant: str, run_id: str) -> None:
+        """Takes the mark away: the run has its result."""
+        ...
+
+    async def send(self, record: RunRecord, region: str) -> None:
+        """Puts the token into the region's queue. Repeatable."""
+        ...
+
+    async def waits(self, record: RunRecord, region: str) -> bool:
+        """True while the token is in the region's queue, or held by a runner. Does not ask for long."""
+        ...
+
+    async def withdraw(self, record: RunRecord, region: str) -> None:
+        """Takes the token out of the region's queue and tells the runner that has it to stop."""
+        ...
+
+    def journal(self, region: str, tenant: str, run_id: str, keep_s: float) -> RunJournal: ...
+
+    async def put_value(self, tenant: str, run_id: str, data: bytes, keep_s: float) -> str:
+        """Keeps a large value in the own region; returns its name, the same for the same bytes."""
+        ...
+
+    async def value(self, tenant: str, run_id: str, name: str, region: str) -> bytes | None: ...
+
+
 class Tracer(Protocol):
     """Trace context and spans of a step, for the kernel."""
 
@@ -157,8 +219,15 @@ class GatewayBus(Protocol):
         """Removes the step from the queue and tells the worker that may execute it to stop."""
         ...
 
-    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
-        """Calls on_event for each event from now on. The subscription is active at the server when this returns."""
+    async def watch(
+        self,
+        tenant: str,
+        step_id: str,
+        on_event: Callable[[StepEvent], None],
+        on_result: Callable[[StepResult], None] | None = None,
+    ) -> Subscription:
+        """Calls on_event for each event from now on, and on_result for the result as it is stored, after the events that were told before
+        it. The subscription is active at the server when this returns."""
         ...
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
@@ -245,6 +314,10 @@ class Delivery(Protocol):
 
     def nak(self, delay_s: float = 0.0) -> None:
         """To be delivered again after delay_s. Counts as a delivery that failed: a worker uses `WorkerBus.hand_back`."""
+        ...
+
+    def let_go(self) -> None:
+        """Says nothing more about it: somebody else has it by now, or its hold runs out."""
         ...
 
     def in_progress(self) -> None:
@@ -346,6 +419,16 @@ class Work(Protocol):
 
     @property
     def attempt(self) -> int: ...
+
+    @property
+    def queue_region(self) -> str:
+        """Whose queue it came from; not always the worker's own."""
+        ...
+
+    @property
+    def leaving(self) -> bool:
+        """When it is cancelled: True when this worker stops and another one will go on with the step."""
+        ...
 
     def remaining_s(self) -> float:
         """Time left until the step's deadline, at least 0."""

@@ -39,6 +39,37 @@ class RunOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRecord:
+    """An accepted run, as its origin keeps it: what was promised. body: the order as `gateway.run_record` writes it, which is also the
+    input of the run's step. digest: of program and input, to notice a key that is used again for something else. may_move: all that it
+    may call is declared read_only or idempotent, so that running it twice does no harm. keep_s: after the deadline."""
+
+    id: str
+    tenant: str
+    lane: Lane
+    deadline_s: float
+    created_s: float
+    region: str
+    body: bytes
+    digest: str
+    may_move: bool = False
+    keep_s: float = 86_400.0
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """The mark of a run without a result: where it is placed now, and the regions that it was moved away from."""
+
+    id: str
+    tenant: str
+    region: str
+    left: tuple[str, ...] = ()
+    sequence: int = 0  # of the mark in its stream
+
+
+@dataclass(frozen=True, slots=True)
 class StepStarted:
     """A call was sent. key: `read/3` as in `gateway.program.engine`; node: the id in the program; attempt from 1."""
 

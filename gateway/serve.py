@@ -17,11 +17,13 @@ from gateway.core.containment import Containment, Report
 from gateway.edge.bus import NatsGatewayBus
 from gateway.edge.ingress import Ingress
 from gateway.edge.policy_bucket import PolicyBucket
+from gateway.edge.run_store import NatsRunStore
 from gateway.edge.service import ServiceEndpoint, ServiceResponder
 from gateway.edge.telemetry import StepTracer, build_provider, shut_down
 from gateway.kernel import Kernel
 from gateway.live_policies import LivePolicies
 from gateway.policy import Named, Slot
+from gateway.runs import Runs
 
 log = logging.getLogger(__name__)
 CHECK_TRANSPORT_S = 0.5
@@ -70,7 +72,8 @@ async def run_gateway(config: Config, *, port_file: str | None = None, stop: asy
     tracer = StepTracer(provider, policies.all(Slot.HEAD_SAMPLING), contain, clock, random.random)
     bus = NatsGatewayBus(config, name, clock)
     kernel = Kernel(config, policies, bus, clock, random.random, tracer, contain, loader.plugin_targets(config, manager))
-    ingress = Ingress(config, kernel, clock, bus.new_id)
+    runs = Runs(config, kernel, bus, NatsRunStore(bus.js_of, config.gateway.region, clock), clock, random.random)
+    ingress = Ingress(config, kernel, clock, bus.new_id, runs=runs)
     live = LivePolicies(policies, lambda: kernel.permits.fill(clock.now_s()))
     bucket = PolicyBucket(bus.js, name, live.change)
     await bus.start()
@@ -102,6 +105,7 @@ async def run_gateway(config: Config, *, port_file: str | None = None, stop: asy
         ingress.set_serving(False)
         await ingress.stop(config.gateway.drain_s)
         await responder.stop()
+        await runs.close()
         await kernel.close()
     finally:
         await bucket.close()

@@ -75,6 +75,9 @@ class MemoryDelivery:
             self._ended = True
             self._broker.hold(self._stored, delay_s)
 
+    def let_go(self) -> None:
+        self._ended = True
+
     def in_progress(self) -> None:
         if not self._ended:
             self._broker.hold(self._stored, self._broker.config.nats.ack_wait_s)
@@ -97,6 +100,7 @@ class Broker:
     pullers: list[MemoryPuller] = field(default_factory=list)
     watchers: dict[str, list[Callable[[StepEvent], None]]] = field(default_factory=lambda: defaultdict(list))
     waiting: dict[str, Callable[[StepResult], None]] = field(default_factory=dict)
+    hearers: dict[str, list[Callable[[StepResult], None]]] = field(default_factory=lambda: defaultdict(list))
     cancellers: list[Callable[[str, str], None]] = field(default_factory=list)
     pingers: Counter[str] = field(default_factory=Counter)  # workers that answer, by region
     round_trips: dict[str, tuple[RoundTrip, float]] = field(default_factory=dict)  # by key, with the time
@@ -171,9 +175,9 @@ class Broker:
             return False
         subject = subjects.result(region, result.tenant, result.step_id)
         self.results[subject] = (result, self.clock.now_s() + max(1.0, keep_s))
-        waiting = self.waiting.get(subjects.reply(result.step_id[: subjects.MARK_LENGTH], result.step_id))
-        if waiting is not None:
-            waiting(result)
+        reply = subjects.reply(result.step_id[: subjects.MARK_LENGTH], result.step_id)
+        for hearer in (*self.hearers[reply], *filter(None, [self.waiting.get(reply)])):
+            hearer(result)
         return True
 
     def result(self, tenant: str, step_id: str, region: str) -> StepResult | None:

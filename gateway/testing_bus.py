@@ -186,10 +186,25 @@ class MemoryGatewayBus(_Side):
         for callback in list(self._broker.cancellers):
             asyncio.get_running_loop().call_soon(callback, step.tenant, step.id)
 
-    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
+    async def watch(
+        self,
+        tenant: str,
+        step_id: str,
+        on_event: Callable[[StepEvent], None],
+        on_result: Callable[[StepResult], None] | None = None,
+    ) -> Subscription:
         watchers = self._broker.watchers[subjects.event(tenant, step_id)]
+        hearers = self._broker.hearers[subjects.reply(step_id[: subjects.MARK_LENGTH], step_id)]
+        hear = [] if on_result is None else [lambda result: on_result(result) if result.tenant == tenant else None]
         watchers.append(on_event)
-        return _MemorySubscription(lambda: watchers.remove(on_event))
+        hearers += hear
+
+        def end() -> None:
+            watchers.remove(on_event)
+            for one in hear:
+                hearers.remove(one)
+
+        return _MemorySubscription(end)
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
         answers = (answer(tenant, step_id, attempt, after_sequence) for answer in self._broker.replayers)

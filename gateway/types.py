@@ -111,7 +111,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A named model, tool or collection from the catalogue."""
+    """A named model, tool or collection from the catalogue.
+
+    regions: in which its steps may be executed, and runs that call it; empty for any.
+    """
 
     kind: Kind
     name: str
@@ -127,6 +130,7 @@ class Target:
     tensor_inputs: tuple[TensorSpec, ...] = ()
     tensor_outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int = 0
+    regions: tuple[str, ...] = ()
 
     @property
     def scope(self) -> str:
@@ -262,15 +266,24 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A candidate for routing: a region with live workers (0 when it has none) for a target."""
+    """A candidate for routing: a region with live workers (0 when it has none) for a target.
+
+    extra_s: how much longer a step is under way through this region than through the best one, as measured; 0 for the best one and for
+    no other. None while it is not known: then the target's home is taken to be the best.
+    """
 
     region: str
     workers: int
     slots: int
     running: int
-    round_trip_s: float  # from the region of the gateway
+    round_trip_s: float  # from the region of the gateway; where that is measured, through the workers and on to what the target calls
     home: bool  # the target's home region
     inflight: int = 0  # steps for the target that this gateway has sent there and that have not ended
+    extra_s: float | None = None
+
+    @property
+    def nearest(self) -> bool:
+        return self.home if self.extra_s is None else self.extra_s == 0.0
 
     @property
     def load(self) -> float:

@@ -5,26 +5,27 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gateway import addresses, parts, private_files, toml_writer
+from gateway import addresses, parts, private_files, regions_up, toml_writer
 from gateway.config import Config
 from gateway.guard import Guard
+from gateway.parts import default_workers
 from gateway.supervised import Supervised
 from gateway.supervisor import Part, PartFailed, Supervisor, interrupts
-from gateway.types import Kind
 
 __all__ = ["Ports", "Stack", "default_workers", "interrupts"]
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Ports of the servers that are started; 0 is any free one."""
+    """Ports of the servers that are started; 0 is any free one. Of several nats-servers they are the first one's."""
 
     nats: int = 0
     nats_monitoring: int = 0
@@ -39,7 +40,11 @@ class Stack:
     workers are (kind, region) pairs; None means default_workers(config, triton). Servers whose urls the configuration names are used,
     not started. extra parts without `after` start first, others last. Without a state_dir everything is kept in a temporary
     directory, which is removed at the end. on_line gets one line of text for everything that a person should see.
-    Entering raises PartFailed, PortInUse.
+
+    regions: each of these gets a nats-server of its own, `nats-<region>`; the first one is the gateway's and takes the connections of the
+    others. Without it all regions share one, `nats`. wan: simulated round trips to the first region, seconds, by region: a relay,
+    `wan-<region>`, stands on the way, which can be cut.
+    Raises PartFailed for regions that cannot be; entering raises PartFailed, PortInUse.
     """
 
     def __init__(
@@ -53,8 +58,15 @@ class Stack:
         triton: bool = True,
         extra: Sequence[Part] = (),
         ports: Ports = Ports(),
+        regions: Sequence[str] = (),
+        wan: Mapping[str, float] = {},
     ) -> None:
+        if regions:
+            config = regions_up.with_regions(config, regions)
+        regions_up.check_wan(regions, wan)
         self._asked = config
+        self._regions, self._wan = tuple(regions), wan
+        self._servers: regions_up.RegionServers | None = None
         self._wanted_dir = state_dir
         self._on_line = on_line
         self._gateways = gateways
@@ -81,9 +93,35 @@ class Stack:
         return urls[0] if urls else ""
 
     @property
+    def nats_urls(self) -> Mapping[str, str]:
+        """By region; empty when the regions have no servers of their own. With the tokens that they need."""
+        return {server.region: server.url for server in self._servers.servers} if self._servers else {}
+
+    async def linked(self) -> frozenset[str]:
+        """The regions with which the first region's server has a connection, as far as it has noticed. Raises OSError, TimeoutError."""
+        return await self._servers.linked() if self._servers else frozenset()
+
+    def cut(self, region: str) -> None:
+        """The way between the region and the first one falls silent: nothing arrives any more, and nobody is told. Raises KeyError without
+        a relay on it, see `wan`."""
+        self._signal_relay(region, signal.SIGUSR1)
+
+    def hang_up(self, region: str) -> None:
+        """The connection between the region and the first one is reset, and so is each new one. Raises KeyError."""
+        self._signal_relay(region, signal.SIGHUP)
+
+    def heal(self, region: str) -> None:
+        """Ends cut and hang_up; what was held on the way arrives. Raises KeyError."""
+        self._signal_relay(region, signal.SIGUSR2)
+
+    def _signal_relay(self, region: str, number: signal.Signals) -> None:
+        if pid := self.part(f"wan-{region}").pid:  # one that starts again is whole
+            os.kill(pid, number)
+
+    @property
     def triton_url(self) -> str:
-        """Empty without Triton."""
-        return self.config.triton.url
+        """Empty without Triton; with several, all of them with commas between."""
+        return ",".join(self.config.triton.addresses)
 
     @property
     def config_file(self) -> Path:
@@ -133,6 +171,8 @@ class Stack:
             raise
         try:
             await self._supervisor.start()
+            if self._servers is not None:
+                await self._servers.until_linked()
         except BaseException:
             await self._stop()
             raise
@@ -182,18 +222,22 @@ class Stack:
         """The parts in the order of their dependencies; settles self.config and writes it down for them."""
         config, ports = self._asked, self._ports
         servers: list[Part] = []
-        if urls := config.nats_urls(config.gateway.region):
+        if self._regions:
+            self._servers = regions_up.prepare(self.state_dir, self._regions, self._wan, ports.nats, ports.nats_monitoring)
+            config = self._servers.configured(config)
+            servers += self._servers.parts
+            self._monitoring_url = self._servers.servers[0].monitoring_url
+        elif urls := config.nats_urls(config.gateway.region):
             await parts.check_existing_nats(urls)
         else:
             monitoring_port = addresses.choose(ports.nats_monitoring, "--nats-http-port")
             nats_port, token = addresses.choose(ports.nats, "--nats-port"), secrets.token_hex(24)
-            nats = parts.nats_part(self.state_dir, nats_port, monitoring_port, token)
+            servers.append(parts.nats_part("nats", self.state_dir, nats_port, monitor_port=monitoring_port, token=token))
             urls = (f"nats://{token}@127.0.0.1:{nats_port}",)
             self._monitoring_url = f"http://127.0.0.1:{monitoring_port}"
             config = config.model_copy(update={"nats": config.nats.model_copy(update={"urls": urls})})
-            servers.append(nats)
-        if config.triton.url and self._with_triton:
-            await parts.check_existing_triton(config.triton.url)
+        if config.triton.addresses and self._with_triton:
+            await parts.check_existing_triton(config.triton.addresses)
         elif self._with_triton:
             triton = parts.triton_part(
                 self.state_dir,
@@ -208,7 +252,9 @@ class Stack:
         host, port = addresses.split(config.gateway.listen)
         chosen = [addresses.choose(port if index == 0 else 0, "--listen", host) for index in range(self._gateways)]
         self.gateway_addresses = tuple(f"{config.gateway.listen.rpartition(':')[0]}:{number}" for number in chosen)
-        self.config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"listen": self.gateway_addresses[0]})})
+        if chosen:
+            config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"listen": self.gateway_addresses[0]})})
+        self.config = config
         private_files.write(self.config_file, toml_writer.dumps(self.config.model_dump(mode="json")))
         first = [part for part in self._extra if not part.after]
         last = [part for part in self._extra if part.after]
@@ -216,7 +262,7 @@ class Stack:
 
     def _own_parts(self, servers: tuple[str, ...], extra: tuple[str, ...]) -> list[Part]:
         config = self.config
-        broker = tuple(name for name in servers if name == "nats")
+        brokers = {region: tuple(name for name in servers if name in ("nats", f"nats-{region}")) for region in config.region_names}
         workers: list[Part] = []
         for kind, region in self._workers:
             name = base = f"{kind}-{region}"
@@ -226,9 +272,11 @@ class Stack:
                 name = f"{base}-{count}"
             ready_file = self.state_dir / "ready" / name
             grace_s = config.worker.drain_s + 5
-            workers.append(parts.worker_part(name, kind, region, self.config_file, ready_file, broker, (*servers, *extra), grace_s))
+            workers.append(
+                parts.worker_part(name, kind, region, self.config_file, ready_file, brokers[region], (*servers, *extra), grace_s)
+            )
         names = tuple(part.name for part in workers)
-        gateways = []
+        gateways, broker = [], brokers[config.gateway.region]
         for index, address in enumerate(self.gateway_addresses):
             name = "gateway" if index == 0 else f"gateway-{index + 1}"
             gateways.append(parts.gateway_part(name, self.config_file, address, broker, names, config.gateway.drain_s + 5))
@@ -236,29 +284,19 @@ class Stack:
 
     def _write_addresses(self) -> None:
         document = {
-            "gateway": self.gateway_address,
+            "gateway": self.gateway_address if self.gateway_addresses else "",
             "gateways": self.gateway_addresses,
             "nats": self.nats_url,
             "nats_monitoring": self._monitoring_url,
             "triton": self.triton_url,
             "config": str(self.config_file),
+            "regions": {
+                server.region: {"nats": server.url, "nats_monitoring": server.monitoring_url}
+                for server in (self._servers.servers if self._servers else ())
+            },
             "pids": {name: self.part(name).pid for name in self.part_names},
         }
         private_files.write(self.state_dir / "addresses.json", json.dumps(document, indent=2) + "\n")
         private_files.write(self.nats_url_file, f"{self.nats_url}\n")
-
-
-def default_workers(config: Config, triton: bool = True) -> list[tuple[str, str]]:
-    """One worker for each kind that has something to serve in each region, as (kind, region).
-
-    Models are served in triton.region. A vector store that is embedded in its worker has exactly one worker, since two would not see
-    each other's points: in the home region of its first collection.
-    """
-    workers = [("infer", config.triton.region)] if triton else []
-    if config.tools.modules or config.tools.http:
-        workers += [("tool", region) for region in config.region_names]
-    if config.retrieve.collections:
-        first = config.target_section(Kind.RETRIEVE, config.retrieve.collections[0].name)
-        home = first.home_region if first else config.region_names[0]
-        workers += [("retrieve", region) for region in (config.region_names if config.retrieve.url else (home,))]
-    return workers
+        for region, url in self.nats_urls.items():
+            private_files.write(self.state_dir / f"nats-{region}.url", f"{url}\n")

@@ -49,6 +49,15 @@ async def test_nothing_runs() -> None:
     assert "secret" not in str(checks)
 
 
+async def test_each_triton_is_looked_at() -> None:
+    ports = [addresses.free_port() for _ in range(2)]
+    config = parse({"triton": {"urls": [f"127.0.0.1:{port}" for port in ports]}})
+    where = doctor.find(config, f"127.0.0.1:{addresses.free_port()}", "", "")
+    checks = [check for check in await doctor.examine_all(config, where) if check.name == "Triton"]
+    assert [check.state for check in checks] == [State.WRONG, State.WRONG]
+    assert all(str(port) in check.found for port, check in zip(ports, checks, strict=True))
+
+
 async def test_an_address_that_nobody_knows_is_no_fault() -> None:
     checks = by_name(await doctor.examine_all(parse({}), Where(f"127.0.0.1:{addresses.free_port()}")))
     assert checks["NATS"].state is State.NOTE

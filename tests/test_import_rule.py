@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUNDATION = {"gateway.types", "gateway.errors", "gateway.clock"}
-PURE = FOUNDATION | {"gateway.policy"}
+PURE = FOUNDATION | {"gateway.policy", "gateway.run_types", "gateway.program.model"}
 OURS = {"gateway", "plugins", "workers", "nearloop"}
 
 

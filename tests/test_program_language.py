@@ -15,9 +15,10 @@ from gateway.program.dump import dump_program
 from gateway.program.model import Agent, Budget, Call, Choose, Expression, Loop, Map, Parallel, Program, Retry, Template, Tool
 from gateway.program.parse import load_text, parse_program
 from gateway.program.problems import ProgramInvalid, RunFailed
+from gateway.program.text import SUFFIXES
 from gateway.types import Kind, Lane
 
-EXAMPLES = sorted((Path(__file__).parent / "programs").iterdir())
+EXAMPLES = sorted(path for path in (Path(__file__).parent / "programs").iterdir() if path.suffix in SUFFIXES)
 
 
 def problems(data: object) -> dict[str, str]:

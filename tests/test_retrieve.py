@@ -28,6 +28,8 @@ class FakeWork:
         body = Payload(data if isinstance(data, bytes) else json.dumps(data).encode())
         self.step = Step("s", "acme", Kind.RETRIEVE, target, body, 0.0)
         self.attempt = 1
+        self.queue_region = "home"
+        self.leaving = False
 
     def remaining_s(self) -> float:
         return 30.0
@@ -96,6 +98,15 @@ async def test_the_same_id_replaces() -> None:
         assert (hits[0]["id"], hits[0]["payload"]) == ("f/1", {"new": 1})
 
 
+async def test_delete_takes_numbers_and_texts_that_are_there_or_not() -> None:
+    async with running() as call:
+        await call(FRUIT)
+        assert await call({"op": "delete", "ids": ["f/1", 7, "7", 8]}) == {"deleted": 4}
+        assert [hit["id"] for hit in (await call({"op": "query", "text": "apple"}))["hits"]] == ["v-1"]
+        assert await call({"op": "delete", "ids": ["f/1"]}) == {"deleted": 1}
+        assert await call({"op": "count"}) == {"count": 1}
+
+
 @pytest.mark.parametrize(
     ("equal", "ids"),
     [
@@ -136,6 +147,11 @@ BAD = [
     {"op": "upsert", "points": [{"id": 1}]},
     {"op": "upsert", "points": [{"id": 1, "text": "a"}] * 1001},
     {"op": "count", "text": "a"},
+    {"op": "delete"},
+    {"op": "delete", "ids": []},
+    {"op": "delete", "ids": [-1]},
+    {"op": "delete", "ids": [""]},
+    {"op": "delete", "ids": [1] * 1001},
     [],
 ]
 
@@ -159,6 +175,7 @@ async def test_target_and_schema_of_good_input() -> None:
     for data in (
         FRUIT,
         {"op": "count"},
+        {"op": "delete", "ids": [7, "f/1"]},
         {"op": "query", "text": "a", "filter": {"a": 1, "b": ["x"]}},
         {"op": "query", "vector": [1, 2, 3, 4.5]},
     ):

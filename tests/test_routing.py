@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from gateway.core.containment import Containment
-from gateway.core.routing import choose, endpoints
+from gateway.core.routing import choose, endpoints, known_round_trips
 from gateway.policy import Named, OnError, Slot
+from gateway.run_types import RoundTrips
 from gateway.types import Endpoint, Flow, Kind, Lane, Target, WorkerInfo
 from plugins.least_loaded import LeastLoaded, LeastLoadedConfig
 from plugins.nearest_region import NearestRegion, NearestRegionConfig
@@ -49,17 +50,86 @@ def test_an_endpoint_is_what_serves_the_target_in_a_region() -> None:
     target = Target(Kind.TOOL, "x", home_region="b", slots=16)
     other = WorkerInfo("w-other", "a", Kind.TOOL, ("tool.y",), slots=50)
     workers = [worker("a", 4, 1), worker("a", 4, 2), worker("b", 8, 3, draining=True), other]
-    a, b = endpoints(target, ["a", "b"], workers, {"a": 0.0, "b": 0.08}.__getitem__)
+    a, b = endpoints(target, ["a", "b"], workers, RoundTrips({("b", "a"): 0.08}), "a")
     assert a == Endpoint("a", workers=2, slots=8, running=3, round_trip_s=0.0, home=False)
     assert b == Endpoint("b", workers=0, slots=0, running=0, round_trip_s=0.08, home=True)
 
 
 def test_a_worker_with_many_targets_counts_with_this_ones_part() -> None:
-    (found,) = endpoints(Target(Kind.TOOL, "x", slots=16), ["a"], [worker("a", 160, 40)], lambda _: 0.0)
+    (found,) = endpoints(Target(Kind.TOOL, "x", slots=16), ["a"], [worker("a", 160, 40)], RoundTrips(), "a")
     assert (found.slots, found.running) == (16, 4)
     assert found.load == 0.25
     assert replace(found, inflight=20).load == 1.25
     assert replace(found, slots=0, inflight=20).load == 0.0
+
+
+WAYS = {("a", "b"): 0.08, ("a", "c"): 0.15, ("b", "c"): 0.07}
+
+
+def seen(targets: dict[tuple[str, str], float], *serving: str, home: str = "b", here: str = "a") -> dict[str, Endpoint]:
+    target = Target(Kind.TOOL, "x", home_region=home)
+    found = endpoints(target, ["a", "b", "c"], [worker(one) for one in serving or ("a", "b", "c")], RoundTrips(WAYS, targets), here)
+    return {endpoint.region: endpoint for endpoint in found}
+
+
+def api(**seconds: float) -> dict[tuple[str, str], float]:
+    return {(where, "tool.x"): one for where, one in seconds.items()}
+
+
+def test_the_whole_way_is_compared_once_it_is_measured_wherever_the_target_is_served() -> None:
+    """The API is in c: 150 ms from a, wherever the step is executed on the way; but 250 ms from a's own workers, which dial badly."""
+    found = seen(api(a=0.25, b=0.07, c=0.002))
+    assert [found[one].round_trip_s for one in "abc"] == pytest.approx([0.25, 0.15, 0.152])
+    assert [found[one].extra_s for one in "abc"] == pytest.approx([0.1, 0.0, 0.002])
+    assert [found[one].nearest for one in "abc"] == [False, True, False]
+
+
+def test_a_home_that_has_not_measured_stays_the_best() -> None:
+    for partly in (api(a=0.001, c=0.002), {}, {("b", "tool.y"): 0.1}):
+        found = seen(partly)
+        assert [found[one].round_trip_s for one in "abc"] == [0.0, 0.08, 0.15]
+        assert [(found[one].extra_s, found[one].nearest) for one in "abc"] == [(None, False), (None, True), (None, False)]
+    elsewhere = seen(api(a=0.25, b=0.07, c=0.002), here="d")
+    assert [one.extra_s for one in elsewhere.values()] == [None, None, None], "the way to any of them is not known"
+
+
+def test_another_region_that_has_not_measured_is_not_the_best_and_taken_to_be_as_far_as_the_farthest() -> None:
+    found = seen(api(b=0.07, c=0.002))
+    assert [found[one].round_trip_s for one in "abc"] == pytest.approx([0.07, 0.15, 0.152])
+    assert [found[one].nearest for one in "abc"] == [False, True, False]
+    assert 0.0 < (found["a"].extra_s or 0.0) < 1e-5
+    without_home = seen(api(c=0.002), "a", "c")
+    assert [one for one, endpoint in without_home.items() if endpoint.nearest] == ["c"]
+    assert seen({}, "a", "c")["a"].extra_s is None
+
+
+@pytest.mark.parametrize(("at_a", "best"), [(0.0745, "b"), (0.0725, "a"), (0.09, "b")])
+def test_the_home_is_left_for_what_is_not_noise(at_a: float, best: str) -> None:
+    """Through the home b it is 82 ms, and 8.2 ms are a tenth of that."""
+    assert [one for one, endpoint in seen(api(a=at_a, b=0.002, c=1.0)).items() if endpoint.nearest] == [best]
+
+
+@pytest.mark.parametrize(("at_a", "best"), [(0.0015, "b"), (0.0005, "b"), (0.0004, "a")])
+def test_a_millisecond_is_noise(at_a: float, best: str) -> None:
+    found = seen(api(a=at_a, b=0.0015), "a", "b", here="b")
+    assert found["b"].nearest
+    ways = RoundTrips({("a", "b"): 0.0}, api(a=at_a, b=0.0015))
+    pair = endpoints(Target(Kind.TOOL, "x", home_region="b"), ["a", "b"], [worker("a"), worker("b")], ways, "b")
+    assert [endpoint.region for endpoint in pair if endpoint.nearest] == [best]
+
+
+def test_a_target_stays_in_its_regions() -> None:
+    target = Target(Kind.TOOL, "x", home_region="b", regions=("b", "c"))
+    found = endpoints(target, ["a", "b", "c"], [worker("a"), worker("b")], RoundTrips(), "a")
+    assert [(endpoint.region, endpoint.workers) for endpoint in found] == [("b", 1), ("c", 0)]
+
+
+def test_what_is_configured_fills_what_nobody_measured_in_either_direction() -> None:
+    measured = RoundTrips({("b", "a"): 0.09}, api(a=0.1))
+    known = known_round_trips(measured, {("a", "b"): 0.08, ("b", "c"): 0.07})
+    assert (known.between("a", "b"), known.between("c", "b"), known.between("a", "c")) == (0.09, 0.07, None)
+    assert known.to_target("a", "tool.x") == 0.1
+    assert known_round_trips(measured, {("a", "b"): 0.08}) is measured
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------------------
@@ -151,6 +221,21 @@ def test_nearest_spills_over_the_bound_to_the_next_region_that_is_near_enough_an
     assert region(policy, among=having(11, "home", among=(FAR, HOME))) == "home", "300 ms are too far"
     assert region(policy, among=having(11, "home", "near")) == "home", "nowhere is room"
     assert region(nearest(spill_at=0), among=having(99, "home")) == "home"
+
+
+def test_nearest_takes_the_best_way_and_spills_to_what_is_not_much_farther_than_that() -> None:
+    measured = tuple(replace(e, extra_s={"home": 0.05, "near": 0.0, "far": 0.09}[e.region]) for e in ALL)
+    assert region(nearest(), among=measured) == "near", "though it is not the home"
+    assert region(nearest(max_spill_ms=100), among=having(11, "near", among=measured)) == "home"
+    assert region(nearest(max_spill_ms=100), among=having(11, "near", "home", among=measured)) == "far"
+    assert region(nearest(max_spill_ms=100), among=having(11, "near", "home", "far", among=measured)) == "near", "nowhere is room"
+    assert region(nearest(max_spill_ms=40), among=having(11, "near", among=measured)) == "near", "50 ms are too far"
+
+
+def test_the_share_that_spills_is_of_what_the_nearest_region_gets() -> None:
+    policy = nearest(spill_at=0.5, max_share=0.25)
+    told = (replace(HOME, extra_s=0.01), replace(NEAR, extra_s=0.0, running=8))
+    assert [region(policy, among=told) for _ in range(400)].count("home") == 100
 
 
 def test_without_its_home_a_target_spills_by_the_same_rule() -> None:

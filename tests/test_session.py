@@ -38,7 +38,7 @@ class Rig:
 
     @property
     def in_flight(self) -> int:
-        return self.ingress._servicer._load.count
+        return self.ingress._servicer.load.count
 
     async def session(self, key: str = ALICE, timeout_s: float | None = None) -> "Raw":
         raw = Raw(self.stub.Session(metadata=(("x-api-key", key),), timeout=timeout_s))

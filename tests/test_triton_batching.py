@@ -122,8 +122,8 @@ class Rig:
 
     async def reload(self) -> None:
         """The model was loaded again, with another configuration."""
-        self.executor._served = {}
-        await self.executor._refresh()
+        self.executor.replicas[0].served = {}
+        await self.executor.replicas[0].refresh()
 
     async def until_asked(self, times: int) -> None:
         async with asyncio.timeout(20):
@@ -262,7 +262,7 @@ async def test_models_that_triton_schedules_get_separate_requests(rig: Rig, kind
 async def test_decoupled_models_are_never_merged(rig: Rig) -> None:
     rig.triton.config.model_transaction_policy.decoupled = True
     await rig.reload()
-    served = rig.executor._served["m"]
+    served = rig.executor.replicas[0].served["m"]
     assert not served.merges
     assert served.view.max_batch_size == 0
 
@@ -271,8 +271,8 @@ async def test_instances_are_counted_for_each_gpu(rig: Rig) -> None:
     rig.triton.config.instance_group.add(count=2, gpus=[0, 1])
     rig.triton.config.instance_group.add(count=1)
     await rig.reload()
-    assert rig.executor._served["m"].view.instances == 5
-    assert rig.executor._served["m"].target.slots == 2 * 4 * 5
+    assert rig.executor.replicas[0].served["m"].view.instances == 5
+    assert rig.executor.replicas[0].served["m"].target.slots == 2 * 4 * 5
 
 
 async def test_without_a_policy_for_it_steps_go_one_by_one(rig: Rig) -> None:

@@ -109,6 +109,8 @@ async def executor(triton: Triton) -> AsyncGenerator[TritonExecutor, None]:
 class FakeWork:
     step: Step
     attempt: int = 1
+    queue_region: str = "home"
+    leaving: bool = False
     left_s: float = 30.0
     tokens: list[Payload] = field(default_factory=list)
     first_token: asyncio.Event = field(default_factory=asyncio.Event)
@@ -472,7 +474,7 @@ LOST = (grpc.StatusCode.INTERNAL, "Failed to process the request(s) for model 'm
 
 async def test_a_model_without_a_process_is_tried_by_one_step_now_and_then(fake: tuple[FakeTriton, TritonExecutor]) -> None:
     triton, executor = fake
-    executor._clock = clock = ManualClock()
+    executor.replicas[0].clock = clock = ManualClock()
     triton.status = LOST
     for pause_s in (1.0, 2.0, 4.0):
         with pytest.raises(Unavailable, match="has lost its process"):
@@ -499,16 +501,16 @@ async def test_a_model_without_a_process_is_tried_by_one_step_now_and_then(fake:
 @pytest.mark.parametrize("ends", ["refused", "cancelled", "server"])
 async def test_how_else_a_try_or_a_pause_ends(fake: tuple[FakeTriton, TritonExecutor], ends: str) -> None:
     triton, executor = fake
-    executor._clock = clock = ManualClock()
+    executor.replicas[0].clock = clock = ManualClock()
     triton.status = LOST
     with pytest.raises(Unavailable):
         await executor.execute(work("m", {}))
     if ends == "server":  # one that was away has started all its processes
         triton.up = False
         with pytest.raises(Unavailable):
-            await executor._refresh()
+            await executor.replicas[0].refresh()
         triton.up = True
-        await executor._refresh()
+        await executor.replicas[0].refresh()
         assert executor.ready("m")
         return
     clock.advance(1.0)
@@ -516,7 +518,7 @@ async def test_how_else_a_try_or_a_pause_ends(fake: tuple[FakeTriton, TritonExec
         triton.status = (grpc.StatusCode.INVALID_ARGUMENT, "text: missing")
         with pytest.raises(StepFailed):
             await executor.execute(work("m", {}))
-        assert not executor._lost
+        assert not executor.replicas[0].lost
     else:  # nothing was found out: the next step tries
         triton.status, triton.hold = None, asyncio.Event()
         trying = asyncio.create_task(executor.execute(work("m", {})))
@@ -524,7 +526,7 @@ async def test_how_else_a_try_or_a_pause_ends(fake: tuple[FakeTriton, TritonExec
         trying.cancel()
         with pytest.raises(asyncio.CancelledError):
             await trying
-        assert executor._lost
+        assert executor.replicas[0].lost
     assert executor.ready("m")
 
 
@@ -554,8 +556,8 @@ async def test_the_batching_policy_decides_when_steps_go(fake: tuple[FakeTriton,
     policy = Pairs()
     executor._batching = Batching(lambda: [Named("pairs", Slot.BATCHING, policy, OnError.ADMIT)], lambda target: 5)
     triton.max_batch_size = 4
-    executor._served = {}
-    await executor._refresh()
+    executor.replicas[0].served = {}
+    await executor.replicas[0].refresh()
     first, cancelled = (asyncio.create_task(executor.execute(work("m", {"n": n}))) for n in (1, 0))
     cancelled.cancel()  # before it even came
     with pytest.raises(asyncio.CancelledError):

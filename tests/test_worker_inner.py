@@ -25,6 +25,8 @@ class OneWork:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.attempt = 1
+        self.queue_region = "home"
+        self.leaving = False
 
     def remaining_s(self) -> float:
         return 5.0
@@ -63,6 +65,9 @@ class Service:
         await asyncio.sleep(0)
         return Completed(StepResult(step.id, step.tenant, Status.DONE, step.input), Timing())
 
+    def target(self, kind: Kind, name: str) -> Target:
+        return Target(kind, name)
+
 
 async def test_inner_steps_belong_to_the_outer_step_also_side_by_side() -> None:
     service = Service()
@@ -80,6 +85,24 @@ async def test_inner_steps_belong_to_the_outer_step_also_side_by_side() -> None:
         assert (inner.lane, inner.run, inner.deadline_s, inner.traceparent) == (outer.lane, outer.run, outer.deadline_s, TRACE)
         assert inner.idempotency_key == ""  # that is the outer step's
     assert len({inner.id for inner in service.steps} | {outer.id for outer in outers}) == 10
+
+
+async def test_a_collection_is_asked_with_a_deadline_of_its_own() -> None:
+    service = Service()
+    calls = InnerCalls(service, "home", iter(["i1", "i2"]).__next__)  # type: ignore[arg-type]
+
+    async def ask(step: Step) -> bytes:
+        return (await asyncio.gather(*(calls.retrieve(name, Payload(b"{}"), 2.5) for name in ("docs-0", "docs-1"))))[0].data
+
+    await _run(calls.wrap(OneExecutor(ask)), OUTER)
+    assert [(step.id, step.kind, step.target) for step in service.steps] == [
+        ("i1", Kind.RETRIEVE, "docs-0"),
+        ("i2", Kind.RETRIEVE, "docs-1"),
+    ]
+    for inner in service.steps:
+        assert (inner.tenant, inner.lane, inner.run, inner.deadline_s) == (OUTER.tenant, OUTER.lane, OUTER.run, OUTER.deadline_s - 2.5)
+        assert inner.idempotency_key == ""
+    assert calls.collection("docs-0") == Target(Kind.RETRIEVE, "docs-0")
 
 
 async def _run(executor: Executor, step: Step) -> Payload:

@@ -149,7 +149,9 @@ class Batcher:
 
 
 class Batching:
-    """The batching of a worker: for each model the policy object that serves it, and what waits for it.
+    """The batching of a worker: for each model, on each server that has it, the policy object that serves it, and what waits for it.
+
+    A batch is of one server, so a step's server is chosen first. `replica` names it; `share` is its part of the target's slots.
 
     policies() makes new objects of all batching policies, in their order. `slots(target)` is how many of a target's steps the worker takes
     at once.
@@ -169,14 +171,14 @@ class Batching:
         self.clock = clock or SystemClock()
         self.contain = contain or Containment(log_once(), self.clock.now_s)
         self._call_later = call_later
-        self._models: dict[str, _Batched] = {}
+        self._models: dict[tuple[str, str], _Batched] = {}
 
-    def batcher(self, target: Target, model: ModelView) -> Batcher | None:
+    def batcher(self, target: Target, model: ModelView, replica: str = "", share: float = 1.0) -> Batcher | None:
         """Of a model that gets its steps as separate requests; None when no policy serves it, so that they are sent at once.
 
         The same one as long as the worker lives; a model that was loaded again may bring other sizes.
         """
-        batched = self._of(target, model)
+        batched = self._of(target, model, replica)
         if batched.named is None:
             return None
         if batched.batcher is None:
@@ -184,13 +186,15 @@ class Batching:
         if batched.batcher_for is not target:
             batched.batcher_for = target
             batched.batcher.named = batched.named
-            batched.batcher.slots = self._slots(target)
+            batched.batcher.slots = self._share(target, share)
             batched.batcher.max_size = max(1, target.max_batch_size)
         return batched.batcher
 
-    def gatherer(self, target: Target, model: ModelView, run: Run[Any, Any]) -> Gatherer[Any, Any] | None:
+    def gatherer(
+        self, target: Target, model: ModelView, run: Run[Any, Any], replica: str = "", share: float = 1.0
+    ) -> Gatherer[Any, Any] | None:
         """Of a model whose steps are executed together by `run`, likewise."""
-        batched = self._of(target, model)
+        batched = self._of(target, model, replica)
         if batched.named is None:
             return None
         if batched.gatherer is None:
@@ -199,18 +203,19 @@ class Batching:
         if batched.gatherer_for is not target:
             batched.gatherer_for = target
             batched.gatherer.queue.configure(
-                batched.named, instances=max(1, model.instances), max_size=model.max_batch_size, slots=self._slots(target)
+                batched.named, instances=max(1, model.instances), max_size=model.max_batch_size, slots=self._share(target, share)
             )
         return batched.gatherer
 
     def learnt(self) -> dict[str, BatchCost]:
-        """What the policies know of the costs of models, by scope."""
+        """What the policies know of the costs of models, by scope; of several replicas, what comes from the most batches."""
         costs: dict[str, BatchCost] = {}
         for batched in self._models.values():
             if batched.named is not None:
                 cost = self.contain.call(batched.named, "learnt", _a_cost_or_none, None)
-                if cost is not None:
-                    costs[batched.target.scope] = cost
+                scope = batched.target.scope
+                if cost is not None and (scope not in costs or cost.batches > costs[scope].batches):
+                    costs[scope] = cost
         return costs
 
     async def close(self) -> None:
@@ -218,10 +223,14 @@ class Batching:
             if batched.gatherer is not None:
                 await batched.gatherer.close()
 
-    def _of(self, target: Target, model: ModelView) -> "_Batched":
-        batched = self._models.get(target.name)
+    def _share(self, target: Target, share: float) -> int:
+        return max(1, round(self._slots(target) * share))
+
+    def _of(self, target: Target, model: ModelView, replica: str) -> "_Batched":
+        key = (replica, target.name)
+        batched = self._models.get(key)
         if batched is None:
-            batched = self._models[target.name] = _Batched(target, model, self._choose(model))
+            batched = self._models[key] = _Batched(target, model, self._choose(model))
         elif batched.target is not target:
             batched.target = target
             if batched.model != model:

@@ -70,6 +70,15 @@ class Held:
         """Nobody waits for the reply: the step was submitted."""
         return not self.delivery.reply_to
 
+    @property
+    def queue_region(self) -> str:
+        return self.delivery.queue.region
+
+    @property
+    def leaving(self) -> bool:
+        """Also when the loop itself ends."""
+        return self.stop_cause in (None, Stop.DRAIN)
+
     def remaining_s(self) -> float:
         return max(self.step.deadline_s - self._clock.wall_s(), 0.0)
 

@@ -14,7 +14,7 @@ _OUTER: ContextVar[Step] = ContextVar("outer step")
 
 
 class InnerCalls:
-    """Wraps an executor so that `infer` knows for which step it is called."""
+    """Wraps an executor so that `infer` and `retrieve` know for which step they are called."""
 
     def __init__(self, service: StepService, region: str, new_id: Callable[[], str]) -> None:
         self._service = service
@@ -26,13 +26,25 @@ class InnerCalls:
 
     async def infer(self, model: str, payload: Payload) -> Payload:
         """The output of a model, as a step of its own. Raises the errors of `gateway.errors`."""
+        return await self._call(Kind.INFER, model, payload, 0.0)
+
+    async def retrieve(self, collection: str, payload: Payload, before_s: float) -> Payload:
+        """The answer of a collection, likewise, with a deadline so long before the outer step's."""
+        return await self._call(Kind.RETRIEVE, collection, payload, before_s)
+
+    def collection(self, name: str) -> Target | None:
+        """What is announced of a collection, by whichever worker serves it; None while it is not known."""
+        return self._service.target(Kind.RETRIEVE, name)
+
+    async def _call(self, kind: Kind, target: str, payload: Payload, before_s: float) -> Payload:
         outer = _OUTER.get()
         step = dataclasses.replace(
             outer,
             id=self._new_id(),
-            kind=Kind.INFER,
-            target=model,
+            kind=kind,
+            target=target,
             input=payload,
+            deadline_s=outer.deadline_s - before_s,
             idempotency_key="",
             client_region=self._region,
             stream=False,

@@ -12,8 +12,8 @@ from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep, Unavailable
-from gateway.ports import Executor, WorkerBus
-from gateway.types import EventKind, Payload, Status, StepResult, Target
+from gateway.ports import Executor, LeaseLost, WorkerBus
+from gateway.types import EventKind, Kind, Payload, Status, StepResult, Target
 from workers.events import EventBook, EventLog
 from workers.held import Held, Phase, Stop
 from workers.outcome import DEAD_REASON, Outcomes, dead_message
@@ -74,7 +74,8 @@ class StepLife:
         try:
             result = self._before(held)
             # A job's first delivery too: it may have been cancelled while the delivery was on its way.
-            if result is None and (held.attempt > 1 or held.is_job):
+            # A run's result is in its origin, perhaps far away: its first delivery is not worth that way.
+            if result is None and (held.attempt > 1 or (held.is_job and held.step.kind is not Kind.RUN)):
                 stored = await self._bus.result(held.step.tenant, held.step.id, _result_region(held))
                 if stored is not None:
                     held.phase = Phase.ENDING
@@ -97,6 +98,10 @@ class StepLife:
             await self.hand_back(held, backoff_s(held.attempt, self._random()))
         except _HandBackError:
             await self.hand_back(held, 0.0)
+        except LeaseLost:
+            result = None
+            log.info("run %s goes on in another runner", held.step.id)
+            held.delivery.let_go()  # a word from here would disturb that one
         except Exception as error:
             # A fault of this file: without a result nothing may be acknowledged. It counts as a failed delivery, for it may not pass.
             result = None
@@ -154,6 +159,8 @@ class StepLife:
                 raise  # the loop ends
             if held.task is not None:
                 held.task.uncancel()
+        except LeaseLost:
+            raise
         except Exception as error:
             failure = error
         finally:

@@ -11,9 +11,11 @@ from workers.vector_store import ID_FIELD
 
 MAX_LIMIT = 100
 MAX_POINTS = 1000
+FACTS = "x-collection"
 _CLOSED = ConfigDict(extra="forbid")
 _Text = Annotated[str, Field(min_length=1, description="is embedded; instead of a vector")]
 _Vector = Annotated[list[FiniteFloat], Field(min_length=1)]
+_Id = Annotated[StrictInt, Field(ge=0, lt=2**63)] | Annotated[StrictStr, Field(min_length=1, max_length=512)]
 _SOME = Field(min_length=1, max_length=100)
 _Values = Annotated[list[StrictStr], _SOME] | Annotated[list[StrictInt], _SOME]
 
@@ -33,7 +35,7 @@ class Query(TypedDict):
 class NewPoint(TypedDict):
     """A point to write; a text id comes back as it was given."""
 
-    id: Annotated[StrictInt, Field(ge=0, lt=2**63)] | Annotated[StrictStr, Field(min_length=1, max_length=512)]
+    id: _Id
     text: NotRequired[_Text]
     vector: NotRequired[_Vector]
     payload: NotRequired[dict[str, Any]]
@@ -48,24 +50,35 @@ class Upsert(TypedDict):
 
 
 @with_config(_CLOSED)
+class Delete(TypedDict):
+    """Removes points; an id that is not there is no mistake."""
+
+    op: Literal["delete"]
+    ids: Annotated[list[_Id], Field(min_length=1, max_length=MAX_POINTS)]
+
+
+@with_config(_CLOSED)
 class Count(TypedDict):
     """How many points there are."""
 
     op: Literal["count"]
 
 
-Operation = Query | Upsert | Count
+Operation = Query | Upsert | Delete | Count
 _ADAPTER: TypeAdapter[Operation] = TypeAdapter(Annotated[Operation, Field(discriminator="op")])
 
 
-def input_schema(dimensions: int) -> dict[str, object]:
-    """JSON Schema (oneOf) of the operations on a collection whose vectors have `dimensions` numbers."""
+def input_schema(dimensions: int, **facts: object) -> dict[str, object]:
+    """JSON Schema (oneOf) of the operations on a collection whose vectors have `dimensions` numbers.
+
+    facts: what another worker should know of the collection; they are in the schema's FACTS, which means nothing to a validator.
+    """
     schema = _ADAPTER.json_schema()
     for name in ("Query", "NewPoint"):
         shape = schema["$defs"][name]
         shape["properties"]["vector"] |= {"minItems": dimensions, "maxItems": dimensions}
         shape["oneOf"] = [{"required": ["text"]}, {"required": ["vector"]}]
-    return {"type": "object", **schema}
+    return {"type": "object", **schema, FACTS: {"dimensions": dimensions, **facts}}
 
 
 def parse(data: bytes, dimensions: int) -> Operation:

@@ -31,10 +31,12 @@ from gateway.live_policies import LivePolicies
 from gateway.policy import Slot
 from gateway.ports import Executor
 from gateway.serve import default_name, log_fault, tune_collector
-from gateway.types import Kind
+from gateway.types import Kind, StepResult
 from workers.batching import Batching
 from workers.catalogue import merge_target
+from workers.held import Held
 from workers.inner import InnerCalls
+from workers.measure import Measuring, start_measuring
 from workers.runtime import WorkerRuntime
 from workers.stats import WorkerStats
 
@@ -48,25 +50,34 @@ class _Inner:
         contain = Containment(log_fault(clock), clock.now_s)
         tracer = StepTracer(None, policies.all(Slot.HEAD_SAMPLING), contain, clock, random.random)
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"region": region})})
-        self._bus = NatsGatewayBus(config, f"{name}-inner", clock)
+        self.config = config
+        self.bus = NatsGatewayBus(config, f"{name}-inner", clock)
         targets = loader.plugin_targets(config, manager)
-        self._kernel = Kernel(config, policies, self._bus, clock, random.random, tracer, contain, targets)
+        self.kernel = Kernel(config, policies, self.bus, clock, random.random, tracer, contain, targets)
         self._clock = clock
-        self.calls = InnerCalls(self._kernel, region, self._bus.new_id)
+        self.calls = InnerCalls(self.kernel, region, self.bus.new_id)
 
     def fill(self) -> None:
-        self._kernel.permits.fill(self._clock.now_s())
+        self.kernel.permits.fill(self._clock.now_s())
 
     async def start(self) -> None:
-        await self._bus.start()
+        await self.bus.start()
 
     async def close(self) -> None:
-        await self._kernel.close()
-        await self._bus.close()
+        await self.kernel.close()
+        await self.bus.close()
 
 
 def _build_executor(
-    config: Config, kind: Kind, region: str, manager: pluggy.PluginManager, inner: Callable[[], _Inner], batching: Batching | None
+    config: Config,
+    kind: Kind,
+    region: str,
+    name: str,
+    clock: Clock,
+    manager: pluggy.PluginManager,
+    inner: Callable[[], _Inner],
+    batching: Batching | None,
+    observers: list[Callable[[Held, StepResult | None], None]],
 ) -> Executor:
     """A plugin's, else the built-in one. Raises ConfigError for a kind that nothing executes.
 
@@ -89,7 +100,14 @@ def _build_executor(
 
         calls = inner().calls
         model = next((section.embed_target for section in config.retrieve.collections), "embed")
-        return calls.wrap(RetrieveExecutor(config, TensorEmbedder(lambda payload: calls.infer(model, payload))))
+        return calls.wrap(RetrieveExecutor(config, TensorEmbedder(lambda payload: calls.infer(model, payload)), calls=calls))
+    if kind is Kind.RUN:
+        from workers.run_parts import RunParts
+
+        own = inner()
+        runs = RunParts(own.config, name, own.bus, own.kernel, clock, random.random)
+        observers.append(runs.observe)
+        return runs
     raise ConfigError("worker", [f"nothing here executes steps of kind {kind.value}: a plugin must bring nearloop_executor"])
 
 
@@ -121,14 +139,21 @@ async def run_worker(
         inner.append(_Inner(config, name, region, clock, manager, policies))
         return inner[0]
 
+    stats = WorkerStats(kind, region)
+    observers: list[Callable[[Held, StepResult | None], None]] = [stats.observe]
+
+    def observe(held: Held, result: StepResult | None) -> None:
+        for one in observers:
+            one(held, result)
+
     batching = _build_batching(config, policies) if kind is Kind.INFER else None
-    executor = _build_executor(config, kind, region, manager, make_inner, batching)
+    executor = _build_executor(config, kind, region, name, clock, manager, make_inner, batching, observers)
+    measured = executor  # itself, and not what wraps it
     provider = build_provider(config.telemetry, "worker", name)
     if provider is not None:
         from workers.tracing import TracedExecutor
 
         executor = TracedExecutor(executor, provider, region, name)
-    stats = WorkerStats(kind, region)
     bus = NatsWorkerBus(config, name, region, clock)
 
     def look_again() -> None:
@@ -138,7 +163,8 @@ async def run_worker(
     live = LivePolicies(policies, look_again)
     bucket = PolicyBucket(bus.js, name, live.change)
     learnt = batching.learnt if batching is not None else dict
-    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=stats.observe, batch_costs=learnt)
+    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=observe, batch_costs=learnt)
+    measuring: Measuring | None = None
     if stop is None:
         _drain_on_signals(stopping, runtime)
     try:
@@ -155,6 +181,7 @@ async def run_worker(
             endpoints=lambda: stats.endpoints(runtime.targets()),
         )
         await responder.start()
+        measuring = await start_measuring(kind, region, config.region_names, bus, measured, clock)
         manager.hook.nearloop_started(role="worker", name=name)
         tune_collector()
         if ready_file:
@@ -166,6 +193,8 @@ async def run_worker(
         await runtime.drain()
         await responder.stop()
     finally:
+        if measuring is not None:
+            await measuring.close()
         await bucket.close()
         await runtime.close()
         for one in inner:

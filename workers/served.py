@@ -77,7 +77,8 @@ class ServedTargets:
     async def announce_changes(self) -> None:
         """Raises Unavailable."""
         found = self._executor.targets()
-        merged = tuple(merge_target(self._config.target_section(target.kind, target.name), target) for target in found)
+        settled = (merge_target(self._config.target_section(target.kind, target.name), target) for target in found)
+        merged = tuple(target for target in settled if not target.regions or self._region in target.regions)
         if merged == self.announced:
             return
         await self._bus.announce(merged)

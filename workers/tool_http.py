@@ -10,13 +10,20 @@ A request may be **repeated** when its target is idempotent (GET, PUT and DELETE
 or the step has a key, which travels as `Idempotency-Key`. Then 429, 502, 503 and a lost connection raise Unavailable, and the step
 returns to the queue. Otherwise a connection lost after it was made is UNAVAILABLE with reason OUTCOME_UNKNOWN. A connection that could
 not be made at all is always Unavailable.
+
+How far away it is to what a tool calls is **measured** with its own requests: from a request's first byte to the head of its answer, on a
+connection that is there. Once a minute there is one request more to each server, `HEAD /` without the tool's headers, which is safe
+(RFC 9110, 9.2.1) and whose answer may be any: so that tools that nobody calls are known as well, and regions are compared by the same
+request. `probe = false` turns that off, as for a server whose root is answered by a cache nearby.
 """
 
 import asyncio
 import email.utils
 import io
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -29,6 +36,7 @@ from gateway.errors import InvalidStep, NearloopError, StepFailed, Unavailable
 from gateway.ports import Work
 from gateway.types import JSON, Kind, Payload, Step, Target
 from workers.egress import CheckedResolver, Egress
+from workers.measure import Answers, Measurement
 from workers.tool_input import JsonInput
 from workers.tool_template import UrlTemplate, resolve_headers, scalar_text
 
@@ -37,6 +45,7 @@ _CONNECT_TIMEOUT_S = 10.0
 _KEEPALIVE_S = 30.0
 _MAX_RETRY_AFTER_S = 60.0
 _CHUNK_BYTES = 64 * 1024
+_PROBE_TIMEOUT_S = 5.0
 _REPEATABLE_METHODS = frozenset({"GET", "PUT", "DELETE"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # All that may follow a redirect to another origin, of what the configuration set; any other header may be a credential.
@@ -59,16 +68,62 @@ class HttpClient:
     def __init__(self, egress: Egress, slots: int, clock: Clock | None = None) -> None:
         self.egress = egress
         self.clock = clock or SystemClock()
-        # The limit is the worker's slots: a step never waits for a connection that the pool withholds.
-        connector = aiohttp.TCPConnector(resolver=CheckedResolver(egress), limit=slots, keepalive_timeout=_KEEPALIVE_S)
+        self._answers = Answers(self.clock.now_s)
+        self._probed: dict[URL, list[str]] = {}  # scopes of tools, by the server that they call
+        # The limit is the worker's slots and one probe: a step never waits for a connection that the pool withholds.
+        connector = aiohttp.TCPConnector(resolver=CheckedResolver(egress), limit=slots + 1, keepalive_timeout=_KEEPALIVE_S)
         self.session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),  # cookies would join the steps of different tenants
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+            trace_configs=[self._trace()],
         )
 
     async def close(self) -> None:
         await self.session.close()
+
+    # ---- round trips ---------------------------------------------------------------------------------------------------------
+
+    def _trace(self) -> aiohttp.TraceConfig:
+        """Times a request whose `trace_request_ctx` is what takes the seconds. Again from the start when aiohttp sends it once more."""
+        now_s = self.clock.now_s
+
+        async def sent(_session: object, context: SimpleNamespace, _parameters: object) -> None:
+            context.sent_s = now_s()
+
+        async def answered(_session: object, context: SimpleNamespace, _parameters: object) -> None:
+            if context.trace_request_ctx is not None:
+                context.trace_request_ctx(now_s() - context.sent_s)
+
+        trace = aiohttp.TraceConfig()
+        trace.on_request_headers_sent.append(sent)  # when they are written, which is after connecting and before any of the body
+        trace.on_request_end.append(answered)  # when the head of the answer has been read, which is before its body
+        return trace
+
+    def measure(self, scope: str, server: URL | None) -> Callable[[float], None]:
+        """Takes the seconds in which a tool was answered. server: to be probed for it."""
+        if server is not None:
+            self._probed.setdefault(server, []).append(scope)
+        return partial(self._answers.add, scope)
+
+    def answered(self) -> Sequence[Measurement]:
+        return self._answers.all()
+
+    async def probe(self) -> None:
+        """One server after the other, so that there is one probe at a time. A connection made for it says nothing: its time is left out."""
+        for server, scopes in self._probed.items():
+            try:
+                self.egress.check_host(server.host or "")
+                timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
+                taker = partial(self._all_answered, scopes)
+                async with self.session.head(server, allow_redirects=False, timeout=timeout, trace_request_ctx=taker):
+                    pass
+            except (aiohttp.ClientError, OSError, TimeoutError, NearloopError):
+                continue  # steps will say what is wrong with it
+
+    def _all_answered(self, scopes: Sequence[str], seconds: float) -> None:
+        for scope in scopes:
+            self._answers.add(scope, seconds)
 
 
 class HttpTool:
@@ -100,9 +155,11 @@ class HttpTool:
             input_schema=schema,
         )
         self._client: HttpClient
+        self._answered: Callable[[float], None]
 
     def bind(self, client: HttpClient) -> "HttpTool":
         self._client = client
+        self._answered = client.measure(self.target.scope, self._url.server if self._section.probe else None)
         return self
 
     def ready(self) -> bool:
@@ -134,13 +191,14 @@ class HttpTool:
         headers.update({name: value for name, value in extra.items() if value})
         repeatable = self._idempotent or bool(step.idempotency_key)
         mutated = False  # an earlier hop took a request that must not be repeated
+        answered: Callable[[float], None] | None = self._answered
         for _ in range(_MAX_REDIRECTS + 1):
             self._client.egress.check_host(url.host or "")
             if body is not None and not any(name.lower() == "content-type" for name in headers):
                 headers["Content-Type"] = JSON
             # A file, since aiohttp warns of large bytes; it writes a file in pieces.
             data = io.BytesIO(body) if body is not None else None
-            options: Any = {"data": data, "headers": headers, "allow_redirects": False}
+            options: Any = {"data": data, "headers": headers, "allow_redirects": False, "trace_request_ctx": answered}
             try:
                 async with self._client.session.request(method, url, **options) as response:
                     if response.status not in _REDIRECTS or "Location" not in response.headers:
@@ -156,7 +214,7 @@ class HttpTool:
             if status == 303 or (status in (301, 302) and method == "POST"):
                 method, body = "GET", None
                 headers = {name: value for name, value in headers.items() if name.lower() != "content-type"}
-            url = there
+            url, answered = there, None  # elsewhere, perhaps: not what the tool calls
         message = f"tool {self._section.name!r}: more than {_MAX_REDIRECTS} redirects"
         raise StepFailed(message, code="FAILED_PRECONDITION", reason="TOO_MANY_REDIRECTS")
 

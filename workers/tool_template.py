@@ -47,6 +47,11 @@ class UrlTemplate:
         self._segments = quote(path, safe="{}" + _STATIC).split("/")
         self._end = question + quote(query, safe=_STATIC)
 
+    @property
+    def server(self) -> URL:
+        """Scheme, host and port."""
+        return URL(self._start)
+
     def fill(self, fields: Mapping[str, Any]) -> URL:
         """Raises InvalidStep for a value that is no single, plain segment."""
 

@@ -14,6 +14,7 @@ from gateway.errors import ConfigError, NearloopError, StepFailed
 from gateway.ports import Work
 from gateway.types import Kind, Payload, Target
 from workers.egress import Egress
+from workers.measure import Measurement
 from workers.tool_functions import ToolContext, ToolFunction, tools_of
 from workers.tool_http import HttpClient, HttpTool
 
@@ -157,6 +158,14 @@ class ToolsExecutor:
         if self._threads is not None:
             self._threads.close()
         self._tools = {}
+
+    async def probe(self) -> None:
+        """Measures the way to the servers of HTTP tools (`workers.measure.Measured`)."""
+        if self._client is not None:
+            await self._client.probe()
+
+    def answered(self) -> Sequence[Measurement]:
+        return self._client.answered() if self._client is not None else ()
 
     def targets(self) -> Sequence[Target]:
         return [tool.target for tool in self._tools.values()]

@@ -19,9 +19,15 @@ class _ChildWork:
     def __init__(self, work: Work, step: Step) -> None:
         self.step = step
         self.attempt = work.attempt
+        self.queue_region = work.queue_region
+        self._work = work
         self.remaining_s = work.remaining_s
         self.emit = work.emit
         self.progress = work.progress
+
+    @property
+    def leaving(self) -> bool:
+        return self._work.leaving
 
 
 class TracedExecutor:

@@ -114,6 +114,10 @@ class VectorStore:
         """Writes the points; one with a known id replaces it. Durable, as far as the store is, when this returns."""
         await self._call("upsert", collection, points=await asyncio.to_thread(_batch, points), wait=True)
 
+    async def delete(self, collection: str, ids: Sequence[int | str]) -> None:
+        """Removes the points that are there; durable likewise."""
+        await self._call("delete", collection, points_selector=models.PointIdsList(points=[_key(one) for one in ids]), wait=True)
+
     async def count(self, collection: str) -> int:
         return int((await self._call("count", collection, exact=True)).count)
 
@@ -162,8 +166,13 @@ def _unit(vectors: Vectors) -> list[list[float]]:
     return units
 
 
+def _key(point_id: int | str) -> int | str:
+    """Qdrant takes numbers and UUIDs."""
+    return point_id if isinstance(point_id, int) else str(uuid.uuid5(_ID_NAMESPACE, point_id))
+
+
 def _batch(points: Sequence[Point]) -> models.Batch:
-    ids: list[Any] = [point.id if isinstance(point.id, int) else str(uuid.uuid5(_ID_NAMESPACE, point.id)) for point in points]
+    ids: list[Any] = [_key(point.id) for point in points]
     payloads = [{**point.payload, ID_FIELD: point.id} if isinstance(point.id, str) else dict(point.payload) for point in points]
     return models.Batch(ids=ids, vectors=_unit([point.vector for point in points]), payloads=payloads)
 

@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 class _Watch:
     """Its end waits for nobody: the call that watched may have a deadline, and the server may hang."""
 
-    def __init__(self, subscription: LinkSubscription) -> None:
-        self._subscription = subscription
+    def __init__(self, *subscriptions: LinkSubscription) -> None:
+        self._subscriptions = subscriptions
 
     async def close(self) -> None:
-        self._subscription.end()
+        for subscription in self._subscriptions:
+            subscription.end()
 
 
 class NatsGatewayBus:
@@ -116,11 +117,29 @@ class NatsGatewayBus:
     def round_trips(self) -> RoundTrips:
         return self._live.round_trips()
 
-    async def watch(self, tenant: str, step_id: str, on_event: Callable[[StepEvent], None]) -> Subscription:
+    async def watch(
+        self,
+        tenant: str,
+        step_id: str,
+        on_event: Callable[[StepEvent], None],
+        on_result: Callable[[StepResult], None] | None = None,
+    ) -> Subscription:
         def on_message(_subject: str, _reply: str, headers: bytes, data: bytes) -> None:
             on_event(codec.read_event(step_id, headers, data))
 
-        return _Watch(await self._consume.listen(subjects.event(tenant, step_id), on_message))
+        def on_reply(subject: str, _reply: str, headers: bytes, data: bytes) -> None:
+            result = codec.read_result(subject, headers, data)
+            if result.tenant == tenant and on_result is not None:
+                on_result(result)
+
+        if on_result is None:
+            return _Watch(await self._consume.listen(subjects.event(tenant, step_id), on_message))
+        stored = self._consume.subscribe(subjects.reply(step_id[: subjects.MARK_LENGTH], step_id), on_reply)
+        try:
+            return _Watch(stored, await self._consume.listen(subjects.event(tenant, step_id), on_message))
+        except BaseException:
+            stored.end()
+            raise
 
     async def replay(self, tenant: str, step_id: str, attempt: int, after_sequence: int) -> Sequence[StepEvent]:
         return await replay.ask(self.js, tenant, step_id, attempt, after_sequence)

@@ -17,6 +17,7 @@ def read_target(data: bytes) -> Target:
     found["kind"] = Kind(found["kind"])
     for name in ("tensor_inputs", "tensor_outputs"):
         found[name] = tuple(TensorSpec(one["name"], one["datatype"], tuple(one["shape"])) for one in found.get(name, ()))
+    found["regions"] = tuple(found.get("regions", ()))
     return Target(**found)
 
 

@@ -56,6 +56,10 @@ def lane_to_proto(lane: Lane) -> "pb.Lane.ValueType":
     return _LANE_NUMBERS[lane]
 
 
+def state_to_proto(state: JobState) -> "pb.JobState.ValueType":
+    return _STATE_NUMBERS[state]
+
+
 # --- payloads ---
 
 
@@ -203,6 +207,11 @@ def job_to_proto(status: JobStatus) -> pb.Job:
 def code_number(name: str) -> int:
     """The number of a gRPC status name; INTERNAL for a name that is none."""
     return int(code_pb2.Code.Value(name)) if name in code_pb2.Code.keys() else int(code_pb2.INTERNAL)  # noqa: SIM118 - not a dict
+
+
+def code_name(number: int) -> str:
+    """The name of a gRPC status number; INTERNAL for a number that is none."""
+    return str(code_pb2.Code.Name(number)) if number in code_pb2.Code.values() else "INTERNAL"
 
 
 # --- targets ---

@@ -83,6 +83,11 @@ class NatsDelivery:
     def nak(self, delay_s: float = 0.0) -> None:
         self._end(b'-NAK {"delay": %d}' % round(delay_s * _NANO) if delay_s > 0 else b"-NAK")
 
+    def let_go(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_end(self._subject)
+
     def _end(self, word: bytes) -> None:
         if not self._ended:
             self._ended = True

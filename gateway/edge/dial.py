@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
@@ -26,17 +26,19 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1_000),  # short, as a channel that waits to connect again fails calls at once
     ("grpc.max_metadata_size", 16 * 1024),
 )
+E = TypeVar("E", pb.Event, pb.RunEvent)
+E_co = TypeVar("E_co", covariant=True)
 _COMING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
-class EventAnswer(Protocol):
-    """ExecuteStreamResponse and WatchJobResponse."""
+class EventAnswer(Protocol[E_co]):
+    """ExecuteStreamResponse, WatchJobResponse, RunResponse and WatchRunResponse."""
 
     @property
-    def event(self) -> pb.Event: ...
+    def event(self) -> E_co: ...
 
 
-class EventCall(AsyncIterable[EventAnswer], Protocol):
+class EventCall(AsyncIterable[EventAnswer[E_co]], Protocol[E_co]):
     def cancel(self) -> bool: ...
 
 
@@ -98,7 +100,7 @@ class Gateways:
         return self._channels[index]
 
 
-async def read(call: EventCall) -> AsyncGenerator[pb.Event, None]:
+async def read(call: EventCall[E]) -> AsyncGenerator[E, None]:
     """The events of a stream up to its result. Raises NearloopError; a stream that ends without one is a gateway that went away."""
     try:
         async for answer in call:

@@ -20,9 +20,10 @@ from gateway.config import Config
 from gateway.edge.channelz import Channelz
 from gateway.edge.health import Health
 from gateway.edge.intake import random_id
+from gateway.edge.run_servicer import RunServicer
 from gateway.edge.servicer import GatewayServicer
 from gateway.errors import ConfigError
-from gateway.ports import StepService
+from gateway.ports import RunService, StepService
 from nearloop.v1 import gateway_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
@@ -34,10 +35,20 @@ MESSAGE_HEADROOM_BYTES = 64 * 1024
 
 
 class Ingress:
-    def __init__(self, config: Config, service: StepService, clock: Clock, new_id: Callable[[], str] = random_id) -> None:
+    """runs: who takes runs; without one the RPCs for them answer UNIMPLEMENTED."""
+
+    def __init__(
+        self,
+        config: Config,
+        service: StepService,
+        clock: Clock,
+        new_id: Callable[[], str] = random_id,
+        runs: RunService | None = None,
+    ) -> None:
         self._listen = config.gateway.listen
         self._health = Health()
         self._servicer = GatewayServicer(config, service, clock, new_id)
+        self._runs = RunServicer(config, service, runs, clock, self._servicer.load)
         self._limit = config.gateway.max_in_flight + config.gateway.max_sessions + FLOOD_HEADROOM
         self._options = server_options(config.gateway.max_input_bytes)
         self._server: grpc.aio.Server | None = None
@@ -48,7 +59,8 @@ class Ingress:
         if not (port.isascii() and port.isdigit() and int(port) < 65536):  # gRPC takes 99999 for 34463
             raise ConfigError("gateway.listen", [f"{self._listen!r} is not an address: set gateway.listen to host:port"])
         server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._limit)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._servicer.handlers()),))
+        handlers = self._servicer.handlers() | self._runs.handlers()
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         generic = _GenericOnly(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, generic)
         names = [SERVICE, _full_name(health_pb2, "Health"), reflection.SERVICE_NAME]

@@ -58,6 +58,9 @@ class Intake:
         kind = convert.KINDS.get(message.kind)
         if kind is None:
             problems.append(("step.kind", f"{message.kind} is not a kind" if message.kind else "missing"))
+        elif kind is Kind.RUN:
+            problems.append(("step.kind", "a run is not a step: ask for it with the RPC Run, SubmitRun or PlaceRun"))
+            kind = None
         lane = convert.LANES.get(message.lane)
         if lane is None:
             problems.append(("step.lane", f"{message.lane} is not a lane"))

@@ -66,6 +66,10 @@ class JetStream:
         if b'"error"' in answer.data:
             checked(answer.data)
 
+    async def store(self, subject: str, payload: bytes, headers: bytes) -> int:
+        """Like `publish`; returns the message's sequence in its stream."""
+        return int(checked((await self.request(subject, payload, headers)).data)["seq"])
+
     async def last(self, stream: str, subject: str) -> Message | None:
         """The last message on a subject, asked from the stream's leader, so never stale. Raises ApiError, NoAnswer."""
         try:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -26,6 +26,7 @@ from gateway.types import Completed, Step, StepEvent
 from nearloop.v1 import gateway_pb2 as pb
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
+T = TypeVar("T")
 
 # A reader that stalls is given some megabytes by gRPC before a write waits. One that takes nothing for this long has lost its
 # stream: the permit and the subscription behind it are worth more than the rest of its answer.
@@ -39,9 +40,9 @@ class GatewayServicer:
         self._service = service
         self._auth = Authenticator(config.auth)
         self._intake = Intake(config.gateway, service, clock, new_id)
-        self._load = Load(config.gateway.max_in_flight)
+        self.load = Load(config.gateway.max_in_flight)
         self._max_watch_s = config.gateway.max_timeout_s
-        self._sessions = Sessions(config.gateway, service, self._intake, self._load)
+        self._sessions = Sessions(config.gateway, service, self._intake, self.load)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
@@ -59,7 +60,7 @@ class GatewayServicer:
     # --- steps ---
 
     async def execute(self, raw: bytes, context: Context) -> bytes:
-        self._load.count += 1
+        self.load.count += 1
         try:
             step, as_struct = self._take(parse(pb.ExecuteRequest, raw).step, context)
             done = await self._service.execute(step)
@@ -68,17 +69,17 @@ class GatewayServicer:
         except Exception as error:
             return refuse(context, error, "Execute")
         finally:
-            self._load.count -= 1
+            self.load.count -= 1
 
     async def execute_stream(self, raw: bytes, context: Context) -> None:
-        self._load.count += 1
+        self.load.count += 1
         try:
             step, as_struct = self._take(parse(pb.ExecuteStreamRequest, raw).step, context, stream=True)
             await self._send(context, self._service.stream(step), pb.ExecuteStreamResponse, as_struct)
         except Exception as error:
             await fail(context, error, "ExecuteStream")
         finally:
-            self._load.count -= 1
+            self.load.count -= 1
 
     async def session(self, _requests: object, context: Context) -> None:
         try:
@@ -96,7 +97,7 @@ class GatewayServicer:
         await self._sessions.wait_ended()
 
     async def submit(self, raw: bytes, context: Context) -> bytes:
-        self._load.count += 1
+        self.load.count += 1
         try:
             step, _ = self._take(parse(pb.SubmitRequest, raw).step, context, job=True)
             job, created = await self._service.submit(step)
@@ -104,13 +105,13 @@ class GatewayServicer:
         except Exception as error:
             return refuse(context, error, "Submit")
         finally:
-            self._load.count -= 1
+            self.load.count -= 1
 
     def _take(self, message: pb.Step, context: Context, *, stream: bool = False, job: bool = False) -> tuple[Step, bool]:
         """The checked step, and whether the caller speaks Struct."""
         metadata = context.invocation_metadata() or ()
         tenant = self._auth.tenant(metadata)
-        self._load.check()
+        self.load.check()
         step = self._intake.step(message, tenant, metadata, context.time_remaining(), stream=stream, job=job)
         return step, message.input.HasField("json")
 
@@ -126,17 +127,17 @@ class GatewayServicer:
         return await self._answer(context, "ListTargets", self._list_targets, raw)
 
     async def watch_job(self, raw: bytes, context: Context) -> None:
-        self._load.count += 1
+        self.load.count += 1
         try:
             request = parse(pb.WatchJobRequest, raw)
             tenant = self._tenant(context)
             check_job_id(request.job_id)
             items = self._service.watch(tenant, request.job_id, request.attempt, request.after_sequence)
-            await self._send(context, _for_at_most(self._max_watch_s, items), pb.WatchJobResponse, as_struct=False)
+            await self._send(context, for_at_most(self._max_watch_s, items), pb.WatchJobResponse, as_struct=False)
         except Exception as error:
             await fail(context, error, "WatchJob")
         finally:
-            self._load.count -= 1
+            self.load.count -= 1
 
     async def _get_job(self, raw: bytes, tenant: str) -> Message:
         request = parse(pb.GetJobRequest, raw)
@@ -160,17 +161,17 @@ class GatewayServicer:
 
     def _tenant(self, context: Context) -> str:
         tenant = self._auth.tenant(context.invocation_metadata() or ())
-        self._load.check()
+        self.load.check()
         return tenant
 
     async def _answer(self, context: Context, method: str, act: Callable[[bytes, str], Awaitable[Message]], raw: bytes) -> bytes:
-        self._load.count += 1
+        self.load.count += 1
         try:
             return (await act(raw, self._tenant(context))).SerializeToString()
         except Exception as error:
             return refuse(context, error, method)
         finally:
-            self._load.count -= 1
+            self.load.count -= 1
 
     async def _send(
         self,
@@ -186,10 +187,10 @@ class GatewayServicer:
                 sequence = item.sequence if isinstance(item, StepEvent) else sequence + 1
                 event = convert.event_to_proto(item, sequence, as_struct)
                 if event is not None:
-                    await _write(context, answer(event=event).SerializeToString())
+                    await write(context, answer(event=event).SerializeToString())
 
 
-async def _for_at_most(life_s: float, items: AsyncGenerator[StepEvent | Completed, None]) -> AsyncGenerator[StepEvent | Completed, None]:
+async def for_at_most(life_s: float, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """The items, until life_s is over: a watch without a deadline must not hold its place among gateway.max_in_flight for ever.
 
     Then raises Unavailable, WATCH_AGAIN: the caller goes on with a new watch, after the last event it has.
@@ -212,7 +213,8 @@ async def _for_at_most(life_s: float, items: AsyncGenerator[StepEvent | Complete
     raise Unavailable(f"a watch lasts {life_s:g} s at most: watch again", reason="WATCH_AGAIN", retry_after_s=0.0)
 
 
-async def _write(context: Context, data: bytes) -> None:
+async def write(context: Context, data: bytes) -> None:
+    """Raises Stalled for a reader that takes nothing for WRITE_TIMEOUT_S."""
     try:
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await context.write(data)

@@ -1,6 +1,6 @@
 """The most that a run of a program can take, whatever its values are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gateway.program.model import Agent, Block, Call, Choose, Loop, Map, Node, Parallel, Program
@@ -28,6 +28,27 @@ class Bound:
 def bound(program: Program, targets: Mapping[str, Target] | None = None) -> Bound:
     """targets: by scope, `tool.search`. Not cut by the program's own limits, so that it can be compared with them."""
     return _block(program.steps, targets or {})
+
+
+def scopes(program: Program) -> frozenset[str]:
+    """Everything that a run of the program may call, as `tool.search`."""
+    return frozenset(_scopes(program.steps))
+
+
+def _scopes(block: Block) -> Iterator[str]:
+    for node in block:
+        if isinstance(node, Call):
+            yield f"{node.kind.value}.{node.target}"
+        elif isinstance(node, Agent):
+            yield f"{Kind.INFER.value}.{node.model}"
+            yield from (f"{tool.kind.value}.{tool.target}" for tool in node.tools.values())
+        elif isinstance(node, Parallel):
+            for branch in node.branches.values():
+                yield from _scopes(branch)
+        elif isinstance(node, Choose):
+            yield from _scopes((*node.then, *node.otherwise))
+        else:
+            yield from _scopes(node.body)
 
 
 def _block(block: Block, targets: Mapping[str, Target]) -> Bound:

@@ -15,6 +15,7 @@ from celpy import celtypes
 from celpy.evaluation import Activation, CELEvalError, Evaluator
 from lark import Tree
 
+from gateway.program.allowance import Allowance, UsedUp
 from gateway.program.cel_operators import Operators, Wrong, both, kind
 from gateway.program.cel_syntax import MACROS, Node
 
@@ -152,11 +153,19 @@ class _Machine(threading.local):
         self.functions = _functions(self.work)
 
 
-def run(tree: Node, variables: Mapping[str, Any]) -> Any:
-    """The value. Raises CELEvalError or WorkExceeded."""
-    _machine.work.left = MOST_WORK
+def run(tree: Node, variables: Mapping[str, Any], allowance: Allowance) -> Any:
+    """The value. Raises CELEvalError, WorkExceeded, or UsedUp when the allowance ends before MOST_WORK does."""
+    work, most = _machine.work, min(MOST_WORK, allowance.left)
+    work.left = most
     activation = Activation(vars=dict(variables), functions=_machine.functions)
-    return CelRun(tree, activation, _machine.work).evaluate()
+    try:
+        return CelRun(tree, activation, work).evaluate()
+    except WorkExceeded:
+        if most < MOST_WORK:
+            raise UsedUp from None
+        raise
+    finally:
+        allowance.left -= most - work.left
 
 
 def _field(value: Any, name: str) -> Any:

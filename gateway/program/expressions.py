@@ -8,7 +8,8 @@ gives no tree, so neither references nor depth, cannot be stopped in the middle 
 
 What bounds an expression: 4096 characters of source, 24 brackets and 64 operations inside one another, two macros inside one another
 (cel_syntax); 50,000 units of work an evaluation, counted while it runs (cel_evaluator), which is a quarter to half of a second on a slow
-core whatever the program and its values are; regular expressions in linear time (RE2); a result of at most 4 MB of JSON.
+core whatever the program and its values are; regular expressions in linear time (RE2); a result of at most 4 MB of JSON. What bounds all
+expressions of a run together is an `Allowance` of the same units; looking through results and writing them as text counts there, too.
 """
 
 import json
@@ -18,14 +19,17 @@ from dataclasses import dataclass
 
 from celpy.evaluation import CELEvalError
 
+from gateway.program.allowance import Allowance
 from gateway.program.cel_evaluator import MOST_WORK, WorkExceeded, run
-from gateway.program.cel_operators import kind
+from gateway.program.cel_operators import CHARS_PER_UNIT, kind
 from gateway.program.cel_syntax import Node, code, parse, references
 from gateway.program.model import Json
 
 MOST_RESULT_CHARS = 4_000_000  # of JSON, about
 MOST_RESULT_DEPTH = 100
+VALUES_PER_UNIT = 8  # of a result, to look through
 MOST_SHOWN_CHARS = 120  # of an expression in a message
+_ENOUGH = 2 * MOST_WORK + MOST_RESULT_CHARS  # for any one evaluation
 
 
 class ExpressionFailed(ValueError):
@@ -65,15 +69,23 @@ def compile_expression(text: str) -> Compiled:
     return Compiled(text, tree, used, frozenset(path.split(".")[0] for path in used))
 
 
-def evaluate(compiled: Compiled, variables: Mapping[str, Json]) -> Json:
-    """The value, which may share parts with the variables. Raises ExpressionFailed."""
+def references_of(compiled: Compiled | CompiledTemplate) -> frozenset[str]:
+    """Dotted paths of all variables that an expression, or any expression of a template, uses."""
+    if isinstance(compiled, Compiled):
+        return compiled.references
+    return frozenset().union(*(expression.references for expression in compiled.expressions))
+
+
+def evaluate(compiled: Compiled, variables: Mapping[str, Json], allowance: Allowance | None = None) -> Json:
+    """The value, which may share parts with the variables. Raises ExpressionFailed, and UsedUp where there is an allowance."""
+    allowance = allowance or Allowance(_ENOUGH)
     missing = sorted(compiled.roots - variables.keys())
     if missing:
         raise _failed(compiled, f"there is no variable `{missing[0]}` here")
     try:
-        value = run(compiled.tree, {name: variables[name] for name in compiled.roots})
+        value = run(compiled.tree, {name: variables[name] for name in compiled.roots}, allowance)
         if not any(value is variables[name] for name in compiled.roots):
-            _measure(value)
+            _measure(value, allowance)
     except CELEvalError as error:
         raise _failed(compiled, str(error.args[0])) from None
     except WorkExceeded:
@@ -91,9 +103,9 @@ def compile_template(value: Json) -> CompiledTemplate:
     return CompiledTemplate(_compile(value, found), tuple(found))
 
 
-def render(compiled: CompiledTemplate, variables: Mapping[str, Json]) -> Json:
-    """The value with its expressions filled in. Raises ExpressionFailed."""
-    return _render(compiled.value, variables)
+def render(compiled: CompiledTemplate, variables: Mapping[str, Json], allowance: Allowance | None = None) -> Json:
+    """The value with its expressions filled in. Raises ExpressionFailed, and UsedUp where there is an allowance."""
+    return _render(compiled.value, variables, allowance)
 
 
 def split(text: str) -> list[str | Compiled]:
@@ -137,32 +149,38 @@ def _compile(value: Json, found: list[Compiled]) -> object:
     return value
 
 
-def _render(value: object, variables: Mapping[str, Json]) -> Json:
+def _render(value: object, variables: Mapping[str, Json], allowance: Allowance | None) -> Json:
     if isinstance(value, Compiled):
-        return evaluate(value, variables)
+        return evaluate(value, variables, allowance)
     if isinstance(value, Parts):
-        return "".join(part if isinstance(part, str) else _text(part, variables) for part in value.parts)
+        return "".join(part if isinstance(part, str) else _text(part, variables, allowance) for part in value.parts)
     if isinstance(value, list):
-        return [_render(item, variables) for item in value]
+        return [_render(item, variables, allowance) for item in value]
     if isinstance(value, dict):
-        return {key: _render(item, variables) for key, item in value.items()}
+        return {key: _render(item, variables, allowance) for key, item in value.items()}
     return value  # type: ignore[return-value]
 
 
-def _text(compiled: Compiled, variables: Mapping[str, Json]) -> str:
-    value = evaluate(compiled, variables)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _text(compiled: Compiled, variables: Mapping[str, Json], allowance: Allowance | None) -> str:
+    value = evaluate(compiled, variables, allowance)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if allowance is not None:
+        allowance.spend(len(text) // CHARS_PER_UNIT)
+    return text
 
 
 class _TooLarge(Exception):
     """Text: what is wrong with a result."""
 
 
-def _measure(result: object) -> None:
+def _measure(result: object, allowance: Allowance) -> None:
     """Raises _TooLarge for what is too large or not JSON. Macros can put one large value into a list many times."""
-    chars = 0
+    chars = values = 0
     waiting: list[tuple[object, int]] = [(result, 0)]
     while waiting:
+        values += 1
+        if values % VALUES_PER_UNIT == 0:
+            allowance.spend(1)
         value, depth = waiting.pop()
         chars += len(value) + 2 if isinstance(value, str) else 2
         if isinstance(value, float) and not math.isfinite(value):

@@ -11,6 +11,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from nearloop.v1 import program_pb2 as _program_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -37,7 +38,7 @@ class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType],
     KIND_RETRIEVE: _Kind.ValueType  # 3
     """A vector store query or upsert."""
     KIND_RUN: _Kind.ValueType  # 4
-    """A whole loop, executed on the server side."""
+    """A whole loop, executed on the server side: asked for with the RPC Run, refused as a step."""
 
 class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
     """Kind says what executes a step."""
@@ -51,7 +52,7 @@ KIND_TOOL: Kind.ValueType  # 2
 KIND_RETRIEVE: Kind.ValueType  # 3
 """A vector store query or upsert."""
 KIND_RUN: Kind.ValueType  # 4
-"""A whole loop, executed on the server side."""
+"""A whole loop, executed on the server side: asked for with the RPC Run, refused as a step."""
 Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 class _Lane:
@@ -106,7 +107,7 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     """Given up after too many deliveries; kept in the dead-letter stream."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
-    """JobState is where a job stands."""
+    """JobState is where a job or a run stands."""
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 """Never sent."""
@@ -1304,3 +1305,885 @@ class SessionEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionEvent: _TypeAlias = SessionEvent  # noqa: Y015
+
+@_typing.final
+class JsonValue(_message.Message):
+    """JsonValue is any JSON value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """As JSON text, in which any number is exact."""
+    @_builtins.property
+    def value(self) -> _struct_pb2.Value:
+        """As protobuf has it: numbers are doubles, so that whole ones are exact up to 2^53."""
+
+    def __init__(
+        self,
+        *,
+        value: _struct_pb2.Value | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "text", b"text", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "text", b"text", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_form: _TypeAlias = _typing.Literal["value", "text"]  # noqa: Y015
+    _WhichOneofArgType_form: _TypeAlias = _typing.Literal["form", b"form"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_form) -> _WhichOneofReturnType_form | None: ...
+
+Global___JsonValue: _TypeAlias = JsonValue  # noqa: Y015
+
+@_typing.final
+class RunSpec(_message.Message):
+    """RunSpec is a run that is asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    ALLOW_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SPECULATE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The program as text: JSON when it begins with a brace, else YAML. At most 256 KiB."""
+    lane: Global___Lane.ValueType
+    """Priority tier of steps whose program says none; standard when not set."""
+    idempotency_key: _builtins.str
+    """Makes the run repeatable: [A-Za-z0-9_-]{1,64}, scoped to the tenant and to the region of the gateway."""
+    region: _builtins.str
+    """Region that the client is in: a hint, [A-Za-z0-9_-]{1,64}, or empty."""
+    tokens: _builtins.bool
+    """True to get what models stream as events."""
+    speculate: _builtins.int
+    """Steps that may run at a time before it is known that they are needed, up to 16; 0 for none. Only those that change nothing."""
+    @_builtins.property
+    def program(self) -> _program_pb2.Program:
+        """The program as messages."""
+
+    @_builtins.property
+    def input(self) -> Global___JsonValue:
+        """The program's input, an empty object when not set; checked against its input_schema. At most the gateway's limit, 1 MiB by default."""
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Time for the whole run. Without it Run takes the deadline of its call, and otherwise it is the gateway's limit, an hour by default."""
+
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Regions that the run must not leave, in addition to what the program says; any when empty."""
+
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the run may call, as "tool.fetch"; whatever its program names when empty. A program that names anything else is refused."""
+
+    def __init__(
+        self,
+        *,
+        program: _program_pb2.Program | None = ...,
+        source: _builtins.str = ...,
+        input: Global___JsonValue | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+        lane: Global___Lane.ValueType = ...,
+        idempotency_key: _builtins.str = ...,
+        region: _builtins.str = ...,
+        regions: _abc.Iterable[_builtins.str] | None = ...,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+        tokens: _builtins.bool = ...,
+        speculate: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "input", b"input", "program", b"program", "source", b"source", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow", "definition", b"definition", "idempotency_key", b"idempotency_key", "input", b"input", "lane", b"lane", "program", b"program", "region", b"region", "regions", b"regions", "source", b"source", "speculate", b"speculate", "timeout", b"timeout", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_definition: _TypeAlias = _typing.Literal["program", "source"]  # noqa: Y015
+    _WhichOneofArgType_definition: _TypeAlias = _typing.Literal["definition", b"definition"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_definition) -> _WhichOneofReturnType_definition | None: ...
+
+Global___RunSpec: _TypeAlias = RunSpec  # noqa: Y015
+
+@_typing.final
+class Run(_message.Message):
+    """Run is an accepted run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the run."""
+    state: Global___JobState.ValueType
+    """Where it stands."""
+    program: _builtins.str
+    """Name of its program."""
+    region: _builtins.str
+    """Region in which it is placed."""
+    lane: Global___Lane.ValueType
+    """The lane."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was accepted."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it expires."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunStep]:
+        """Steps that have completed, in that order, whatever became of the run; empty while the region that knows them cannot be asked."""
+
+    @_builtins.property
+    def result(self) -> Global___RunResult:
+        """Set in state DONE."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Set in the states FAILED, CANCELLED, EXPIRED and DEAD."""
+
+    @_builtins.property
+    def placement(self) -> Global___Placement:
+        """Why it is placed there; set when the run has just been accepted."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        state: Global___JobState.ValueType = ...,
+        program: _builtins.str = ...,
+        region: _builtins.str = ...,
+        lane: Global___Lane.ValueType = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        steps: _abc.Iterable[Global___RunStep] | None = ...,
+        result: Global___RunResult | None = ...,
+        failure: Global___Failure | None = ...,
+        placement: Global___Placement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "failure", b"failure", "placement", b"placement", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "failure", b"failure", "id", b"id", "lane", b"lane", "placement", b"placement", "program", b"program", "region", b"region", "result", b"result", "state", b"state", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class RunStep(_message.Message):
+    """RunStep is a completed step of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Its key: the id of its node, with an index for each map and loop around it, such as "read/3"."""
+    size_bytes: _builtins.int
+    """Size of an output that is too large to be shown."""
+    @_builtins.property
+    def output(self) -> Global___JsonValue:
+        """Its output."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        output: Global___JsonValue | None = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "output", b"output", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "outcome", b"outcome", "output", b"output", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["output", "size_bytes"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___RunStep: _TypeAlias = RunStep  # noqa: Y015
+
+@_typing.final
+class RunResult(_message.Message):
+    """RunResult is what a run ended with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    region: _builtins.str
+    """Region in which it ended."""
+    worker: _builtins.str
+    """The worker that ended it."""
+    @_builtins.property
+    def output(self) -> Global___JsonValue:
+        """Output of the program."""
+
+    def __init__(
+        self,
+        *,
+        output: Global___JsonValue | None = ...,
+        region: _builtins.str = ...,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "region", b"region", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunResult: _TypeAlias = RunResult  # noqa: Y015
+
+@_typing.final
+class RunEvent(_message.Message):
+    """RunEvent is one thing that happened in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    STEP_STARTED_FIELD_NUMBER: _builtins.int
+    STEP_ENDED_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Position in this attempt, from 1, growing; 0 for accepted."""
+    attempt: _builtins.int
+    """The attempt that it belongs to, from 1; 0 for accepted. A new attempt goes on with the run on another runner, starts again at sequence
+    1, and tells the steps that had ended once more, as replayed.
+    """
+    @_builtins.property
+    def accepted(self) -> Global___Run:
+        """The run is durable. The first event of Run; not told by WatchRun."""
+
+    @_builtins.property
+    def started(self) -> Global___Started:
+        """A runner has it now."""
+
+    @_builtins.property
+    def step_started(self) -> Global___RunStepStarted:
+        """A call of the program was sent."""
+
+    @_builtins.property
+    def step_ended(self) -> Global___RunStepEnded:
+        """An attempt of a call has its outcome."""
+
+    @_builtins.property
+    def token(self) -> Global___RunToken:
+        """A piece of what a model streams."""
+
+    @_builtins.property
+    def summary(self) -> Global___RunSummary:
+        """What the run took; the last event before the result."""
+
+    @_builtins.property
+    def result(self) -> Global___RunResult:
+        """The last event of a run that succeeded; a failed one ends the stream with a status."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        accepted: Global___Run | None = ...,
+        started: Global___Started | None = ...,
+        step_started: Global___RunStepStarted | None = ...,
+        step_ended: Global___RunStepEnded | None = ...,
+        token: Global___RunToken | None = ...,
+        summary: Global___RunSummary | None = ...,
+        result: Global___RunResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "result", b"result", "started", b"started", "step_ended", b"step_ended", "step_started", b"step_started", "summary", b"summary", "token", b"token", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "attempt", b"attempt", "result", b"result", "sequence", b"sequence", "started", b"started", "step_ended", b"step_ended", "step_started", b"step_started", "summary", b"summary", "token", b"token", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["accepted", "started", "step_started", "step_ended", "token", "summary", "result"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
+
+@_typing.final
+class RunStepStarted(_message.Message):
+    """RunStepStarted says that a call of the program was sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Its key, such as "read/3"."""
+    node: _builtins.str
+    """Id of its node."""
+    kind: Global___Kind.ValueType
+    """Kind of its target."""
+    target: _builtins.str
+    """Its target."""
+    attempt: _builtins.int
+    """Which attempt of the call, from 1."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        node: _builtins.str = ...,
+        kind: Global___Kind.ValueType = ...,
+        target: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "key", b"key", "kind", b"kind", "node", b"node", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunStepStarted: _TypeAlias = RunStepStarted  # noqa: Y015
+
+@_typing.final
+class RunStepEnded(_message.Message):
+    """RunStepEnded is the outcome of an attempt of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    TOOK_US_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    SPECULATED_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Its key, such as "read/3"."""
+    node: _builtins.str
+    """Id of its node."""
+    attempt: _builtins.int
+    """Which attempt of the call, from 1."""
+    size_bytes: _builtins.int
+    """Size of an output that is too large for an event."""
+    region: _builtins.str
+    """Region that executed it."""
+    worker: _builtins.str
+    """The worker that executed it."""
+    took_us: _builtins.int
+    """From being sent to its outcome, microseconds."""
+    replayed: _builtins.bool
+    """True when it ended in an earlier attempt of the run and is told again."""
+    speculated: _builtins.bool
+    """True when it was started before it was known to be needed."""
+    @_builtins.property
+    def output(self) -> Global___JsonValue:
+        """Its output."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why it failed. The program may try again, or go on without it."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        node: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        output: Global___JsonValue | None = ...,
+        size_bytes: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+        region: _builtins.str = ...,
+        worker: _builtins.str = ...,
+        took_us: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
+        speculated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "output", b"output", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "key", b"key", "node", b"node", "outcome", b"outcome", "output", b"output", "region", b"region", "replayed", b"replayed", "size_bytes", b"size_bytes", "speculated", b"speculated", "took_us", b"took_us", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["output", "size_bytes", "failure"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___RunStepEnded: _TypeAlias = RunStepEnded  # noqa: Y015
+
+@_typing.final
+class RunToken(_message.Message):
+    """RunToken is a piece of what a model streams."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Key of the call, such as "think"."""
+    text: _builtins.str
+    """The piece."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunToken: _TypeAlias = RunToken  # noqa: Y015
+
+@_typing.final
+class RunSummary(_message.Message):
+    """RunSummary says what a run took."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    RUNNER_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    WAITED_US_FIELD_NUMBER: _builtins.int
+    SAVED_US_FIELD_NUMBER: _builtins.int
+    GUESSES_FIELD_NUMBER: _builtins.int
+    WRONG_GUESSES_FIELD_NUMBER: _builtins.int
+    region: _builtins.str
+    """Region that executed it."""
+    runner: _builtins.str
+    """The worker that did."""
+    steps: _builtins.int
+    """Steps that were executed."""
+    cost: _builtins.float
+    """Their cost units."""
+    tokens: _builtins.int
+    """Tokens of models."""
+    waited_us: _builtins.int
+    """Time in which it only waited for a call, microseconds."""
+    saved_us: _builtins.int
+    """What the same calls would have waited more, each made from the client's region, microseconds, as measured; 0 when not known."""
+    guesses: _builtins.int
+    """Steps that were started before they were known to be needed."""
+    wrong_guesses: _builtins.int
+    """Those of them that were not needed."""
+    def __init__(
+        self,
+        *,
+        region: _builtins.str = ...,
+        runner: _builtins.str = ...,
+        steps: _builtins.int = ...,
+        cost: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+        waited_us: _builtins.int = ...,
+        saved_us: _builtins.int = ...,
+        guesses: _builtins.int = ...,
+        wrong_guesses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "guesses", b"guesses", "region", b"region", "runner", b"runner", "saved_us", b"saved_us", "steps", b"steps", "tokens", b"tokens", "waited_us", b"waited_us", "wrong_guesses", b"wrong_guesses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunSummary: _TypeAlias = RunSummary  # noqa: Y015
+
+@_typing.final
+class Placement(_message.Message):
+    """Placement says where a run is best placed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    ESTIMATES_FIELD_NUMBER: _builtins.int
+    region: _builtins.str
+    """The region; empty when none can be chosen."""
+    @_builtins.property
+    def estimates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegionEstimate]:
+        """Of every region, the best first."""
+
+    def __init__(
+        self,
+        *,
+        region: _builtins.str = ...,
+        estimates: _abc.Iterable[Global___RegionEstimate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimates", b"estimates", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
+class RegionEstimate(_message.Message):
+    """RegionEstimate says what running in a region would cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    DEAD_TIME_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    EXCLUDED_FIELD_NUMBER: _builtins.int
+    region: _builtins.str
+    """The region."""
+    excluded: _builtins.str
+    """Why the region cannot be chosen; empty when it can."""
+    @_builtins.property
+    def dead_time(self) -> _duration_pb2.Duration:
+        """Expected time in which the run only waits for the network; not set when nothing can be said."""
+
+    @_builtins.property
+    def why(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it is made of, for a person."""
+
+    def __init__(
+        self,
+        *,
+        region: _builtins.str = ...,
+        dead_time: _duration_pb2.Duration | None = ...,
+        why: _abc.Iterable[_builtins.str] | None = ...,
+        excluded: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dead_time", b"dead_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_time", b"dead_time", "excluded", b"excluded", "region", b"region", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegionEstimate: _TypeAlias = RegionEstimate  # noqa: Y015
+
+@_typing.final
+class RunRequest(_message.Message):
+    """RunRequest asks for a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    JSON_TEXT_FIELD_NUMBER: _builtins.int
+    json_text: _builtins.bool
+    """True for outputs as JSON text. Without it they are Values, where those can hold them: nested at most 30 deep."""
+    @_builtins.property
+    def run(self) -> Global___RunSpec:
+        """The run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___RunSpec | None = ...,
+        json_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_text", b"json_text", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+
+@_typing.final
+class RunResponse(_message.Message):
+    """RunResponse is one event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___RunEvent:
+        """The event."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___RunEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
+
+@_typing.final
+class SubmitRunRequest(_message.Message):
+    """SubmitRunRequest asks for a run that nobody waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    JSON_TEXT_FIELD_NUMBER: _builtins.int
+    json_text: _builtins.bool
+    """True for outputs as JSON text."""
+    @_builtins.property
+    def run(self) -> Global___RunSpec:
+        """The run. Without an idempotency key each call is a new one."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___RunSpec | None = ...,
+        json_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_text", b"json_text", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitRunRequest: _TypeAlias = SubmitRunRequest  # noqa: Y015
+
+@_typing.final
+class SubmitRunResponse(_message.Message):
+    """SubmitRunResponse answers with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    """True when this call was the one that it was accepted with, false when it was there already."""
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+        created: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitRunResponse: _TypeAlias = SubmitRunResponse  # noqa: Y015
+
+@_typing.final
+class WatchRunRequest(_message.Message):
+    """WatchRunRequest asks for a run's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    JSON_TEXT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Id of the run."""
+    after_sequence: _builtins.int
+    """The last sequence number that the caller has, 0 for none."""
+    attempt: _builtins.int
+    """The attempt that after_sequence belongs to, 0 for none."""
+    json_text: _builtins.bool
+    """True for outputs as JSON text."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        json_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "attempt", b"attempt", "json_text", b"json_text", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
+
+@_typing.final
+class WatchRunResponse(_message.Message):
+    """WatchRunResponse is one event. A run that failed ends the stream with a status."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___RunEvent:
+        """The event."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___RunEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class CancelRunRequest(_message.Message):
+    """CancelRunRequest asks to cancel a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    JSON_TEXT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Id of the run."""
+    json_text: _builtins.bool
+    """True for outputs as JSON text."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        json_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_text", b"json_text", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRunRequest: _TypeAlias = CancelRunRequest  # noqa: Y015
+
+@_typing.final
+class CancelRunResponse(_message.Message):
+    """CancelRunResponse answers with the run as it stands now; one that had ended is unchanged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRunResponse: _TypeAlias = CancelRunResponse  # noqa: Y015
+
+@_typing.final
+class GetRunRequest(_message.Message):
+    """GetRunRequest asks for a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    JSON_TEXT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Id of the run."""
+    json_text: _builtins.bool
+    """True for outputs as JSON text."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        json_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_text", b"json_text", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRunRequest: _TypeAlias = GetRunRequest  # noqa: Y015
+
+@_typing.final
+class GetRunResponse(_message.Message):
+    """GetRunResponse answers with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRunResponse: _TypeAlias = GetRunResponse  # noqa: Y015
+
+@_typing.final
+class PlaceRunRequest(_message.Message):
+    """PlaceRunRequest asks where a run would be placed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___RunSpec:
+        """The run; its idempotency key and timeout play no part."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___RunSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlaceRunRequest: _TypeAlias = PlaceRunRequest  # noqa: Y015
+
+@_typing.final
+class PlaceRunResponse(_message.Message):
+    """PlaceRunResponse answers with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def placement(self) -> Global___Placement:
+        """The regions."""
+
+    def __init__(
+        self,
+        *,
+        placement: Global___Placement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlaceRunResponse: _TypeAlias = PlaceRunResponse  # noqa: Y015

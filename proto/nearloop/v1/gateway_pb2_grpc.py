@@ -80,6 +80,36 @@ class GatewayStub:
                 request_serializer=nearloop_dot_v1_dot_gateway__pb2.ListTargetsRequest.SerializeToString,
                 response_deserializer=nearloop_dot_v1_dot_gateway__pb2.ListTargetsResponse.FromString,
                 _registered_method=True)
+        self.Run = channel.unary_stream(
+                '/nearloop.v1.Gateway/Run',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.RunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.RunResponse.FromString,
+                _registered_method=True)
+        self.SubmitRun = channel.unary_unary(
+                '/nearloop.v1.Gateway/SubmitRun',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.SubmitRunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.SubmitRunResponse.FromString,
+                _registered_method=True)
+        self.WatchRun = channel.unary_stream(
+                '/nearloop.v1.Gateway/WatchRun',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.WatchRunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.WatchRunResponse.FromString,
+                _registered_method=True)
+        self.CancelRun = channel.unary_unary(
+                '/nearloop.v1.Gateway/CancelRun',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.CancelRunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.CancelRunResponse.FromString,
+                _registered_method=True)
+        self.GetRun = channel.unary_unary(
+                '/nearloop.v1.Gateway/GetRun',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.GetRunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.GetRunResponse.FromString,
+                _registered_method=True)
+        self.PlaceRun = channel.unary_unary(
+                '/nearloop.v1.Gateway/PlaceRun',
+                request_serializer=nearloop_dot_v1_dot_gateway__pb2.PlaceRunRequest.SerializeToString,
+                response_deserializer=nearloop_dot_v1_dot_gateway__pb2.PlaceRunResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServicer:
@@ -152,6 +182,52 @@ class GatewayServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Run(self, request, context):
+        """Run runs a program and streams what happens: first that it is accepted, last its result. A run is durable from when it is accepted: it
+        goes on when the client goes away, this call is cancelled or its deadline passes, until its own deadline or CancelRun; WatchRun
+        follows it again. The same idempotency key is the same run; when it is used again for another program or input the answer is
+        ALREADY_EXISTS. A run that fails ends the stream with a status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitRun(self, request, context):
+        """SubmitRun answers once the run is accepted durably, and does not wait for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRun(self, request, context):
+        """WatchRun streams a run's events from a position on, and ends with its result. UNAVAILABLE with the reason WATCH_AGAIN after some time:
+        then watch on from the last event.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelRun(self, request, context):
+        """CancelRun cancels a run that has not ended; steps that it has under way are told to stop.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRun(self, request, context):
+        """GetRun answers with a run's state, its completed steps, and its result when it has ended. NOT_FOUND for another tenant's run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlaceRun(self, request, context):
+        """PlaceRun answers where a run would be placed now, and why, without running it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -194,6 +270,36 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.ListTargets,
                     request_deserializer=nearloop_dot_v1_dot_gateway__pb2.ListTargetsRequest.FromString,
                     response_serializer=nearloop_dot_v1_dot_gateway__pb2.ListTargetsResponse.SerializeToString,
+            ),
+            'Run': grpc.unary_stream_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.RunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.RunResponse.SerializeToString,
+            ),
+            'SubmitRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitRun,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.SubmitRunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.SubmitRunResponse.SerializeToString,
+            ),
+            'WatchRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRun,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.WatchRunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'CancelRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelRun,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.CancelRunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'GetRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRun,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.GetRunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.GetRunResponse.SerializeToString,
+            ),
+            'PlaceRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlaceRun,
+                    request_deserializer=nearloop_dot_v1_dot_gateway__pb2.PlaceRunRequest.FromString,
+                    response_serializer=nearloop_dot_v1_dot_gateway__pb2.PlaceRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -418,6 +524,168 @@ class Gateway:
             '/nearloop.v1.Gateway/ListTargets',
             nearloop_dot_v1_dot_gateway__pb2.ListTargetsRequest.SerializeToString,
             nearloop_dot_v1_dot_gateway__pb2.ListTargetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Run(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nearloop.v1.Gateway/Run',
+            nearloop_dot_v1_dot_gateway__pb2.RunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.RunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nearloop.v1.Gateway/SubmitRun',
+            nearloop_dot_v1_dot_gateway__pb2.SubmitRunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.SubmitRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nearloop.v1.Gateway/WatchRun',
+            nearloop_dot_v1_dot_gateway__pb2.WatchRunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nearloop.v1.Gateway/CancelRun',
+            nearloop_dot_v1_dot_gateway__pb2.CancelRunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nearloop.v1.Gateway/GetRun',
+            nearloop_dot_v1_dot_gateway__pb2.GetRunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.GetRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlaceRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nearloop.v1.Gateway/PlaceRun',
+            nearloop_dot_v1_dot_gateway__pb2.PlaceRunRequest.SerializeToString,
+            nearloop_dot_v1_dot_gateway__pb2.PlaceRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

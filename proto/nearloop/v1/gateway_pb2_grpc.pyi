@@ -62,6 +62,24 @@ class GatewayStub:
     """CancelJob cancels a job that has not ended: queued work is removed, running work is told to stop."""
     ListTargets: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListTargetsRequest, _gateway_pb2.ListTargetsResponse]
     """ListTargets lists what steps can be for."""
+    Run: _grpc.UnaryStreamMultiCallable[_gateway_pb2.RunRequest, _gateway_pb2.RunResponse]
+    """Run runs a program and streams what happens: first that it is accepted, last its result. A run is durable from when it is accepted: it
+    goes on when the client goes away, this call is cancelled or its deadline passes, until its own deadline or CancelRun; WatchRun
+    follows it again. The same idempotency key is the same run; when it is used again for another program or input the answer is
+    ALREADY_EXISTS. A run that fails ends the stream with a status.
+    """
+    SubmitRun: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRunRequest, _gateway_pb2.SubmitRunResponse]
+    """SubmitRun answers once the run is accepted durably, and does not wait for it."""
+    WatchRun: _grpc.UnaryStreamMultiCallable[_gateway_pb2.WatchRunRequest, _gateway_pb2.WatchRunResponse]
+    """WatchRun streams a run's events from a position on, and ends with its result. UNAVAILABLE with the reason WATCH_AGAIN after some time:
+    then watch on from the last event.
+    """
+    CancelRun: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelRunRequest, _gateway_pb2.CancelRunResponse]
+    """CancelRun cancels a run that has not ended; steps that it has under way are told to stop."""
+    GetRun: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetRunRequest, _gateway_pb2.GetRunResponse]
+    """GetRun answers with a run's state, its completed steps, and its result when it has ended. NOT_FOUND for another tenant's run."""
+    PlaceRun: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.PlaceRunRequest, _gateway_pb2.PlaceRunResponse]
+    """PlaceRun answers where a run would be placed now, and why, without running it."""
 
 @_typing.type_check_only
 class GatewayAsyncStub(GatewayStub):
@@ -97,6 +115,24 @@ class GatewayAsyncStub(GatewayStub):
     """CancelJob cancels a job that has not ended: queued work is removed, running work is told to stop."""
     ListTargets: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListTargetsRequest, _gateway_pb2.ListTargetsResponse]  # type: ignore[assignment]
     """ListTargets lists what steps can be for."""
+    Run: _aio.UnaryStreamMultiCallable[_gateway_pb2.RunRequest, _gateway_pb2.RunResponse]  # type: ignore[assignment]
+    """Run runs a program and streams what happens: first that it is accepted, last its result. A run is durable from when it is accepted: it
+    goes on when the client goes away, this call is cancelled or its deadline passes, until its own deadline or CancelRun; WatchRun
+    follows it again. The same idempotency key is the same run; when it is used again for another program or input the answer is
+    ALREADY_EXISTS. A run that fails ends the stream with a status.
+    """
+    SubmitRun: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRunRequest, _gateway_pb2.SubmitRunResponse]  # type: ignore[assignment]
+    """SubmitRun answers once the run is accepted durably, and does not wait for it."""
+    WatchRun: _aio.UnaryStreamMultiCallable[_gateway_pb2.WatchRunRequest, _gateway_pb2.WatchRunResponse]  # type: ignore[assignment]
+    """WatchRun streams a run's events from a position on, and ends with its result. UNAVAILABLE with the reason WATCH_AGAIN after some time:
+    then watch on from the last event.
+    """
+    CancelRun: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelRunRequest, _gateway_pb2.CancelRunResponse]  # type: ignore[assignment]
+    """CancelRun cancels a run that has not ended; steps that it has under way are told to stop."""
+    GetRun: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetRunRequest, _gateway_pb2.GetRunResponse]  # type: ignore[assignment]
+    """GetRun answers with a run's state, its completed steps, and its result when it has ended. NOT_FOUND for another tenant's run."""
+    PlaceRun: _aio.UnaryUnaryMultiCallable[_gateway_pb2.PlaceRunRequest, _gateway_pb2.PlaceRunResponse]  # type: ignore[assignment]
+    """PlaceRun answers where a run would be placed now, and why, without running it."""
 
 class GatewayServicer(metaclass=_abc_1.ABCMeta):
     """Gateway takes agent steps, lets policies decide about them and has workers execute them.
@@ -177,5 +213,59 @@ class GatewayServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.ListTargetsResponse, _abc.Awaitable[_gateway_pb2.ListTargetsResponse]]:
         """ListTargets lists what steps can be for."""
+
+    @_abc_1.abstractmethod
+    def Run(
+        self,
+        request: _gateway_pb2.RunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.RunResponse], _abc.AsyncIterator[_gateway_pb2.RunResponse]]:
+        """Run runs a program and streams what happens: first that it is accepted, last its result. A run is durable from when it is accepted: it
+        goes on when the client goes away, this call is cancelled or its deadline passes, until its own deadline or CancelRun; WatchRun
+        follows it again. The same idempotency key is the same run; when it is used again for another program or input the answer is
+        ALREADY_EXISTS. A run that fails ends the stream with a status.
+        """
+
+    @_abc_1.abstractmethod
+    def SubmitRun(
+        self,
+        request: _gateway_pb2.SubmitRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.SubmitRunResponse, _abc.Awaitable[_gateway_pb2.SubmitRunResponse]]:
+        """SubmitRun answers once the run is accepted durably, and does not wait for it."""
+
+    @_abc_1.abstractmethod
+    def WatchRun(
+        self,
+        request: _gateway_pb2.WatchRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.WatchRunResponse], _abc.AsyncIterator[_gateway_pb2.WatchRunResponse]]:
+        """WatchRun streams a run's events from a position on, and ends with its result. UNAVAILABLE with the reason WATCH_AGAIN after some time:
+        then watch on from the last event.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelRun(
+        self,
+        request: _gateway_pb2.CancelRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.CancelRunResponse, _abc.Awaitable[_gateway_pb2.CancelRunResponse]]:
+        """CancelRun cancels a run that has not ended; steps that it has under way are told to stop."""
+
+    @_abc_1.abstractmethod
+    def GetRun(
+        self,
+        request: _gateway_pb2.GetRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.GetRunResponse, _abc.Awaitable[_gateway_pb2.GetRunResponse]]:
+        """GetRun answers with a run's state, its completed steps, and its result when it has ended. NOT_FOUND for another tenant's run."""
+
+    @_abc_1.abstractmethod
+    def PlaceRun(
+        self,
+        request: _gateway_pb2.PlaceRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.PlaceRunResponse, _abc.Awaitable[_gateway_pb2.PlaceRunResponse]]:
+        """PlaceRun answers where a run would be placed now, and why, without running it."""
 
 def add_GatewayServicer_to_server(servicer: GatewayServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
