@@ -95,7 +95,7 @@ class Follower:
                 if message.subject.removeprefix("$KV.") not in told:
                     self._on_entry(self._entry(bucket, message))
         finally:
-            self._told.remove(told)
+            self._told = [one for one in self._told if one is not told]  # not by what they hold: empty ones are equal
 
     def _entry(self, bucket: str, message: Message) -> Entry:
         stored_s = _stored_s(message.headers)
