@@ -1,5 +1,6 @@
 """A real nats-server for tests, on a free port with a store of its own."""
 
+import os
 import shutil
 import signal
 import socket
@@ -62,6 +63,7 @@ class NatsProcess:
         """Hangs: its connections stay open, and nothing is answered."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # all its threads have stopped
 
     def resume(self) -> None:
         assert self._process is not None
