@@ -1,6 +1,8 @@
 """A real nats-server for tests, on a free port with a store of its own."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +58,16 @@ class NatsProcess:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def pause(self) -> None:
+        """Hangs: its connections stay open, and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)  # all its threads have stopped
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self._process is not None:

@@ -53,12 +53,13 @@ class World:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.link, self.control = SilentLink(), SilentLink()
-        sites = Sites(JetStream(self.control, NEVER_S), parse({}), "home")
+        regions = [{"name": name, "nats_urls": [f"nats://{name}"], "domain": name} for name in ("home", "iad")]
+        sites = Sites(JetStream(self.control, NEVER_S), parse({"regions": regions}), "home")
         self.dispatcher = Dispatcher(self.clock, self.link, self.link, sites, PUBLISH_TIMEOUT_S)
 
-    def execute(self, step_id: str, within_s: float, *, stored: bool = True) -> "asyncio.Future[StepResult]":
+    def execute(self, step_id: str, within_s: float, *, stored: bool = True, region: str = "home") -> "asyncio.Future[StepResult]":
         step = Step(step_id, "acme", Kind.TOOL, "echo", Payload(b"{}"), self.clock.wall_s() + within_s)
-        future = self.dispatcher.execute(step, "home")
+        future = self.dispatcher.execute(step, region)
         if stored:
             self.link.deliver(self.link.steps(step_id)[-1].reply, b'{"stream":"NL_STEPS_HOME","seq":1}')
         return future
@@ -109,6 +110,22 @@ async def test_one_round_of_looks_at_a_time(world: World) -> None:
         await ends(late)
     assert len(world.control.sent) == 1
     assert not other.done()
+
+
+async def test_a_look_that_hangs_holds_up_no_look_in_another_region(world: World) -> None:
+    await world.hang_in_a_look()
+    world.execute("s1", 600.0, region="iad")
+    world.dispatcher._look_soon()
+    await eventually(lambda: len(world.control.sent) == 2)
+    near, far = (sent.subject for sent in world.control.sent)
+    assert near == "$JS.API.DIRECT.GET.NL_RESULTS.nl.result.home.acme.lost"
+    assert far == "$JS.iad.API.DIRECT.GET.NL_RESULTS.nl.result.iad.acme.s1"
+
+
+async def test_only_a_mark_can_be_heard(world: World) -> None:
+    for mark in ("", "short", "f" * 9, "f.*.>.ff"):
+        with pytest.raises(ValueError, match="is not a mark"):
+            await world.dispatcher.hear(mark)
 
 
 async def test_a_closing_gateway_ends_what_it_looks_for(world: World) -> None:

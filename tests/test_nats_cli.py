@@ -43,7 +43,7 @@ async def desk(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
 
 async def test_streams_are_listed(desk: Desk) -> None:
     listed = await desk.nats("stream", "ls")
-    for name in ("NL_STEPS_HOME", "NL_RESULTS", "NL_DEAD"):
+    for name in ("NL_STEPS_HOME", "NL_RESULTS", "NL_DEAD", "NL_RUNS"):
         assert name in listed
 
 
@@ -151,15 +151,14 @@ async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
     assert (await desk.broker.state("NL_DEAD"))[0][0] == 0
 
 
-def guide_block(language: str) -> str:
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.S | re.M)
-    return str(block)
+def guide_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.S | re.M)
 
 
 async def test_the_permissions_of_the_guide_are_enough(tmp_path: Path) -> None:
     port = addresses.free_port()
     common = f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{tmp_path}/store" }}\nfeature_flags {{ js_ack_fc_v2: false }}\n'
-    (tmp_path / "nats.conf").write_text(common + guide_block("conf"))
+    (tmp_path / "nats.conf").write_text(common + guide_blocks("conf")[0])
     log = tmp_path / "nats.log"
     with log.open("wb") as output:
         server = await asyncio.create_subprocess_exec(
@@ -198,7 +197,18 @@ async def test_a_password_is_not_told_when_no_server_answers() -> None:
 
 
 async def test_the_settings_of_the_guide_are_valid() -> None:
-    assert config.loads(guide_block("toml"), "guide").nats.replicas == 3
+    cluster, regions = (config.loads(block, "guide") for block in guide_blocks("toml"))
+    assert cluster.nats.replicas == 3
+    assert [regions.domain(name) for name in regions.region_names] == ["home", "iad"]
+
+
+async def test_the_server_of_another_region_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "nats.conf").write_text(guide_blocks("conf")[1])
+    check = await asyncio.create_subprocess_exec(
+        find_nats_server(), "-t", "-c", str(tmp_path / "nats.conf"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await check.communicate()
+    assert check.returncode == 0, output.decode()
 
 
 async def test_the_guide_names_every_subject_stream_bucket_and_header() -> None:
@@ -206,6 +216,9 @@ async def test_the_guide_names_every_subject_stream_bucket_and_header() -> None:
     words |= {
         subjects.RESULTS_STREAM,
         subjects.DEAD_STREAM,
+        subjects.RUNS_STREAM,
+        subjects.REGIONS_BUCKET,
+        subjects.VALUES_BUCKET,
         subjects.TARGETS_BUCKET,
         subjects.WORKERS_BUCKET,
         subjects.HANDBACKS_BUCKET,

@@ -7,6 +7,7 @@ import pytest
 from bus_rig import eventually
 
 from gateway.edge.pull import EXPIRES_S, PullLoop
+from gateway.errors import TopologyMismatch, Unavailable
 from gateway.testing import ManualClock
 
 
@@ -40,6 +41,7 @@ class Pulling:
         self.link, self.clock = FakeLink(), ManualClock()
         self.received: list[str] = []
         self.ensured = 0
+        self.refusals: list[Exception] = []
         self.loop = PullLoop(
             self.link,  # type: ignore[arg-type]
             self.clock,
@@ -54,6 +56,8 @@ class Pulling:
 
     async def _ensure(self) -> None:
         self.ensured += 1
+        if self.refusals:
+            raise self.refusals.pop()
 
     async def want(self, credits: int) -> None:
         self.loop.want(credits)
@@ -201,4 +205,16 @@ async def test_a_request_that_gathers_goes_out_at_once_when_little_is_left() -> 
             assert len(pulling.link.requests) == 1, "three of four are out: more is gathered first"
     await asyncio.sleep(0)
     assert len(pulling.link.requests) == 2
+    await pulling.loop.close()
+
+
+async def test_a_consumer_that_cannot_be_made_is_tried_again_until_it_can(pulling: Pulling, caplog: pytest.LogCaptureFixture) -> None:
+    pulling.refusals = [Unavailable("away"), TopologyMismatch("differs"), TopologyMismatch("differs")]
+    pulling.loop.repair()
+    pulling.loop.want(3)
+    for tried in (1, 2, 3):
+        await eventually(lambda tried=tried: pulling.ensured == tried and pulling.loop.credits == 3)
+        pulling.status("503 No Responders Available For Request", left=3)
+    await eventually(lambda: pulling.ensured == 4 and pulling.loop.credits == 3)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     await pulling.loop.close()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,35 @@ async def test_regions_measure_each_other(rig: RegionsRig) -> None:
         await worker.ping("fra")
 
 
+async def test_a_target_of_several_regions_is_as_the_last_one_said(rig: RegionsRig) -> None:
+    gateway, worker, far = await started(rig)
+    helper, changed = await rig.worker("fra"), replace(rig.target, description="newer")
+    await worker.announce([rig.target])
+    await eventually(lambda: far.targets().get(rig.target.scope) == rig.target)
+    await helper.announce([changed])
+    for one in (gateway, far, await rig.gateway("iad"), await rig.gateway("fra"), await rig.gateway("home")):
+        await eventually(lambda one=one: one.targets().get(rig.target.scope) == changed)
+
+
+async def test_a_region_that_hangs_is_not_waited_for(rig: RegionsRig) -> None:
+    gateway, _, _ = await started(rig)
+    near = await rig.worker("home")
+    inbox = await pull(rig, near, "home")
+    step = make_step(rig, id=gateway.new_id())
+    rig.servers["iad"].pause()
+    asked = [asyncio.ensure_future(call) for call in (gateway.locate(step, ["iad"]), near.ping("iad"))]
+    future = gateway.execute(step, "home")
+    await finish(near, await inbox.next(), make_result(step))
+    assert await done(future) == make_result(step)
+    assert (await gateway.locate(step, ["iad", "home"]))[0] == make_result(step)
+    other = make_step(rig)
+    assert await gateway.locate(other, ["iad", "home"]) == (None, "")
+    refused = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10.0)
+    assert [type(error) for error in refused] == [Unavailable, Unavailable]
+    rig.servers["iad"].resume()
+    await eventually_true(lambda: _answers(gateway.locate(other, ["iad"])))
+
+
 async def test_a_region_that_is_away_stops_no_other(rig: RegionsRig, caplog: pytest.LogCaptureFixture) -> None:
     gateway, worker, _ = await started(rig)
     near = await rig.worker("home")
@@ -223,4 +253,4 @@ async def test_a_region_that_is_away_stops_no_other(rig: RegionsRig, caplog: pyt
     assert await done(future) == make_result(waiting)
     assert await starting.result(rig.tenant, job.step.id, "iad") == make_result(job.step)
     noise = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(noise) == len(set(noise)) <= 12, noise
+    assert len(noise) == len(set(noise)) <= 3, noise  # of a gateway and a worker each, that it is away

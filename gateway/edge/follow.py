@@ -22,11 +22,13 @@ _LOOK_S = 30.0  # what another region said while it was cut off is found so
 
 
 class Entry(NamedTuple):
-    """data: None for a key that is gone. stored_s: by the clock of the server that stored it, age_s: by ours, 0 when it was just told."""
+    """data: None for a key that is gone. told: just now, else it was loaded. stored_s: by the clock of the server that stored it, age_s: by
+    ours."""
 
     bucket: str
     key: str
     data: bytes | None
+    told: bool
     stored_s: float
     age_s: float
 
@@ -69,10 +71,14 @@ class Follower:
 
     def _on_live(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
         _, _, bucket, key = subject.split(".", 3)
+        try:
+            stored_s = _stored_s(headers)
+        except (KeyError, ValueError):
+            log.warning("%s was not told by a bucket", subject)
+            return
         for told in self._told:
             told.add(f"{bucket}.{key}")
-        stored_s = _stored_s(headers)
-        self._on_entry(Entry(bucket, key, None if buckets.is_gone(headers) else data, stored_s, 0.0))
+        self._on_entry(Entry(bucket, key, None if buckets.is_gone(headers) else data, True, stored_s, 0.0))
 
     async def load(self) -> None:
         """Of the own servers. Raises Unavailable."""
@@ -89,14 +95,14 @@ class Follower:
                 if message.subject.removeprefix("$KV.") not in told:
                     self._on_entry(self._entry(bucket, message))
         finally:
-            self._told.remove(told)
+            self._told = [one for one in self._told if one is not told]  # not by what they hold: empty ones are equal
 
     def _entry(self, bucket: str, message: Message) -> Entry:
         stored_s = _stored_s(message.headers)
         # A second less: clocks differ a little, and what just lives should not look dead.
         age_s = max(0.0, self._clock.wall_s() - stored_s - 1.0)
         key = message.subject.split(".", 2)[2]
-        return Entry(bucket, key, None if buckets.is_gone(message.headers) else message.data, stored_s, age_s)
+        return Entry(bucket, key, None if buckets.is_gone(message.headers) else message.data, False, stored_s, age_s)
 
     def _reload(self) -> None:
         if self._loading is None or self._loading.done():

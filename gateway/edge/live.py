@@ -86,7 +86,7 @@ class LiveCatalogue:
             self._measured[entry.key] = (round_trips.read(entry.key, entry.data), self._clock.now_s() - entry.age_s)
 
     def _on_target(self, entry: Entry) -> None:
-        if entry.stored_s < self._announced_s.get(entry.key, 0.0):
+        if not entry.told and entry.stored_s < self._announced_s.get(entry.key, 0.0):
             return  # another region has said something newer
         if entry.data is None:
             self._announced_s[entry.key] = entry.stored_s

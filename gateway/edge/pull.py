@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from gateway.clock import Clock
 from gateway.edge import headers as h
 from gateway.edge.link import Link
+from gateway.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -183,16 +184,16 @@ class PullLoop:
             self._repairing = asyncio.create_task(self._repair_now(), name=f"repair {self._name}")
 
     async def _repair_now(self) -> None:
-        """What fails is tried again after a pause that grows; the log hears of the first failure and of the end."""
+        """What fails is tried again after a pause that grows."""
         try:
             await asyncio.sleep(random.uniform(0.2, 1.0) * min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self._failures))
             await self._ensure_consumer()
         except Exception as error:
             self._failures = min(self._failures + 1, _MANY)
-            log.log(logging.WARNING if self._failures == 1 else logging.DEBUG, "%s: not restored yet: %s", self._name, error)
+            # That nobody answers was said by who asked; a worker has many loops.
+            quiet = isinstance(error, Unavailable) or self._failures > 1
+            log.log(logging.DEBUG if quiet else logging.WARNING, "%s: not restored yet: %s", self._name, error)
         else:
-            if self._failures:
-                log.info("%s: restored", self._name)
             self._failures = 0
         finally:
             self._repairing = None

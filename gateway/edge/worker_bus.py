@@ -125,7 +125,7 @@ class NatsWorkerBus:
         js = self.js_of(queue.region)
 
         def ensure() -> Awaitable[None]:
-            return topology.ensure_consumer(js, self._config, queue.region, queue.kind, queue.target, queue.lane)
+            return self._queues.ensure(queue)
 
         if js is self.js:
             await ensure()
