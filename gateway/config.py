@@ -219,7 +219,7 @@ class WorkerSection(Section):
     drain_s: Positive = 20.0
     far_regions: bool = True
     runs: PositiveInt = 256  # that a runner executes at a time
-    near_calls: bool = True  # a runner makes the HTTP calls of its own region itself, instead of through a tool worker
+    near_calls: Annotated[int, Field(ge=0)] = 4  # a runner with no more calls under way makes those over HTTP in its own region itself
 
 
 class TelemetrySection(Section):

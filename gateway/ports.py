@@ -289,6 +289,11 @@ class Delivery(Protocol):
         ...
 
     @property
+    def again(self) -> bool:
+        """Another worker may have begun it: by the attempt, or since a server that crashed may have forgotten a delivery."""
+        ...
+
+    @property
     def queued_us(self) -> int:
         """From being stored until it was delivered here, microseconds."""
         ...
@@ -419,6 +424,11 @@ class Work(Protocol):
 
     @property
     def attempt(self) -> int: ...
+
+    @property
+    def again(self) -> bool:
+        """Another worker may have begun it, see `Delivery.again`."""
+        ...
 
     @property
     def queue_region(self) -> str:

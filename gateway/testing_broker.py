@@ -62,6 +62,7 @@ class MemoryDelivery:
         self._broker, self._stored, self._ended = broker, stored, False
         self.queue, self.pending = queue, pending
         self.step, self.attempt, self.reply_to = stored.step, stored.deliveries, stored.reply_to
+        self.again = self.attempt > 1
         self.answered_by_commit = subjects.is_republished(self.reply_to, self.step.id)
         self.queued_us = max(0, round((broker.clock.now_s() - stored.stored_s) * 1e6))
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 import logging
 import os
 import random
@@ -13,11 +12,11 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import nats
 from aiohttp import web
 from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.api import ConsumerConfig, DeliverPolicy
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from stack_support import Broker, eventually
 
 from gateway import config, run_journal, subjects
@@ -191,11 +190,15 @@ class Streams:
     def __init__(self, urls: dict[str, str]) -> None:
         self._urls = urls
         self._brokers: dict[str, Broker] = {}
+        self._clients: list[Client] = []
         self._exits = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         for region, url in self._urls.items():
             self._brokers[region] = await self._exits.enter_async_context(Broker(url))
+            client = await nats.connect(url, max_reconnect_attempts=-1, reconnect_time_wait=0.2, error_cb=_ignore)
+            self._exits.push_async_callback(client.close)
+            self._clients.append(client)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -210,7 +213,19 @@ class Streams:
 
     async def read(self, stream: str, subject_filter: str) -> list[Stored]:
         """All messages, with the time at which the server stored them."""
-        return [message for broker in self._brokers.values() for message in await _read(broker, stream, subject_filter)]
+        found: list[Stored] = []
+        for client in self._clients:
+
+            async def read(client: Client = client) -> list[Stored] | NatsError:
+                try:
+                    return await _read(client, stream, subject_filter)
+                except NatsError as error:  # a server that was killed is on its way back
+                    return error
+
+            some = await eventually(read, lambda some: isinstance(some, list), 15, f"{stream} can be read")
+            assert isinstance(some, list)
+            found += some
+        return found
 
     async def stuck(self) -> list[str]:
         """What a system at rest does not have: steps, messages without an acknowledgement, marks of open runs, dead letters."""
@@ -224,22 +239,22 @@ class Streams:
         return found
 
 
-async def _read(broker: Broker, stream: str, subject_filter: str) -> list[Stored]:
-    client: Client = broker.client
-    js = client.jetstream(timeout=10)
-    how = ConsumerConfig(deliver_policy=DeliverPolicy.ALL, ack_policy="none")  # type: ignore[arg-type]
+async def _read(client: Client, stream: str, subject_filter: str) -> list[Stored]:
+    js = client.jetstream(timeout=5)
+    how = ConsumerConfig(deliver_policy=DeliverPolicy.ALL, ack_policy=AckPolicy.NONE)
     subscription = await js.pull_subscribe(subject_filter, stream=stream, config=how)
     found: list[Stored] = []
-    left = (await subscription.consumer_info()).num_pending
+    left = (await subscription.consumer_info()).num_pending or 0
     while left:
-        try:
-            messages: list[Msg] = await subscription.fetch(min(left, 500), timeout=10)
-        except NatsTimeoutError:
-            break
+        messages = await subscription.fetch(min(left, 500), timeout=5)
         found += [Stored(one.subject, one.data, one.metadata.timestamp.timestamp()) for one in messages]
         left = messages[-1].metadata.num_pending
     await subscription.unsubscribe()
     return found
+
+
+async def _ignore(error: Exception) -> None:
+    """nats-py logs every lost connection otherwise."""
 
 
 # ---- a case --------------------------------------------------------------------------------------------------------------------
@@ -257,12 +272,13 @@ class World:
 @dataclass(frozen=True, slots=True)
 class Kill:
     """names: the parts that were killed at the same time. stored: keys whose outcome was stored before. at_s: wall clock, when `stored`
-    had been read."""
+    had been read. open_runs: those that nobody had heard the end of."""
 
     names: tuple[str, ...]
     at_s: float
     over_s: float
     stored: frozenset[str]
+    open_runs: int
 
 
 @dataclass
@@ -273,12 +289,13 @@ class Case:
     tenant: str
     count: int
     tool: str = "charge"
-    at_once: int = 25
     limits: Callable[[int], Sequence[str]] = lambda number: ()
     ids: dict[int, str] = field(default_factory=dict)
     outputs: dict[int, object] = field(default_factory=dict)
     kills: list[Kill] = field(default_factory=list)
     ended_s: dict[int, float] = field(default_factory=dict)  # wall clock, as the client heard it
+    admitted: int = 0
+    _room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
 
     @property
     def steps(self) -> int:
@@ -287,17 +304,26 @@ class Case:
     def client(self, gateways: Sequence[str] = ()) -> NearloopClient:
         return NearloopClient(gateways or self.world.stack.gateway_addresses, api_key=api_key(self.tenant))
 
+    def called(self) -> int:
+        """How many different steps have been called."""
+        return len({call.key for call in self.world.ledger.of(self.tenant)})
+
     # ---- load ----
+
+    def admit(self, count: int) -> None:
+        """So many more runs may begin."""
+        for _ in range(min(count, self.count - self.admitted)):
+            self.admitted += 1
+            self._room.release()
 
     async def run_all(self) -> None:
         """Every run to its end, half of them by `run`, half by `submit_run` and `watch_run`; a refusal or an outage is waited out."""
-        room = asyncio.Semaphore(self.at_once)
         async with self.client() as client, asyncio.TaskGroup() as group:
 
             async def one(number: int) -> None:
-                async with room:
-                    await self._insist(lambda: self._one(client, number))
-                    self.ended_s[number] = time.time()
+                await self._room.acquire()
+                await self._insist(lambda: self._one(client, number))
+                self.ended_s[number] = time.time()
 
             for number in range(self.count):
                 group.create_task(one(number))
@@ -355,17 +381,20 @@ class Case:
 
     # ---- faults ----
 
+    async def until_ready(self, *names: str) -> None:
+        for name in names:
+            await asyncio.wait_for(self.world.stack.wait_ready(name), 30)
+
     async def kill(self, *names: str) -> None:
         """SIGKILL to all of them at the same time, once they are ready; notes what was stored before."""
         stack = self.world.stack
-        for name in names:
-            await asyncio.wait_for(stack.wait_ready(name), 30)
+        await self.until_ready(*names)
         pids = {name: stack.part(name).pid for name in names}
         stored, at_s = await self.stored(), time.time()
         await asyncio.gather(*(stack.kill(name) for name in names))
         assert all(pids.values())
         assert all(stack.part(name).pid != pid for name, pid in pids.items())
-        self.kills.append(Kill(names, at_s, time.time(), frozenset(stored)))
+        self.kills.append(Kill(names, at_s, time.time(), frozenset(stored), self.admitted - len(self.ended_s)))
 
     async def stored(self) -> dict[str, float]:
         """The keys of steps whose outcome is stored, as a result or in a journal, and since when (wall clock, the earlier of both)."""
@@ -389,6 +418,7 @@ class Case:
         """Every run is done with the right output, told by each gateway, and has one stored result."""
         assert len(set(self.ids.values())) == self.count == len(self.outputs)
         assert self.outputs == {number: expected_output(number) for number in range(self.count)}
+        await self.until_ready(*self.world.stack.part_names)
         told: list[ClientRun] = []
         for address in self.world.stack.gateway_addresses:
             async with self.client([address]) as client:
@@ -414,7 +444,7 @@ class Case:
         not_moved = [call for call in calls if call.key.partition("/")[0] not in moved]
         for kill in self.kills:
             again = [call for call in not_moved if call.at_s > kill.at_s and call.key in kill.stored]
-            assert again == [], f"called after {kill.names} were killed, though the outcome was stored before"
+            assert again == [], f"called after {kill.names} were killed, though the outcome was stored before: {[one.key for one in again]}"
         late = [(call, stored[call.key]) for call in not_moved if call.at_s > stored.get(call.key, call.at_s)]
         repeats = len(calls) - len({call.key for call in calls})
         log.warning(
@@ -426,7 +456,7 @@ class Case:
             len(late),
             ", ".join(" and ".join(kill.names) for kill in self.kills) or "nothing",
         )
-        assert late == []
+        assert late == [], [(call.key, call.at_s - at_s) for call, at_s in late]
         return repeats
 
     def check_repeats_have_a_cause(self) -> None:
@@ -446,7 +476,3 @@ async def check_nothing_is_stuck(streams: Streams, within_s: float = 45.0) -> No
 def _step_of(key: str) -> str:
     run_id, _, step = key.partition("/")
     return step_id(run_id, step, 1)
-
-
-def results_of(data: bytes) -> object:
-    return json.loads(data)

@@ -93,6 +93,7 @@ class RunWork:
     def __init__(self, step: Step, attempt: int = 1) -> None:
         self.step = step
         self.attempt = attempt
+        self.again = attempt > 1
         self.queue_region = "home"
         self.leaving = False
         self.events: list[RunEvent] = []

@@ -17,7 +17,7 @@ from test_models import QUESTIONS, SHARE_ANSWERED
 
 from gateway import addresses
 from gateway.client import NearloopClient
-from gateway.demo import agent, run
+from gateway.demo import agent, loop, run
 from gateway.demo.backend import Ledger
 from gateway.up import Stack
 
@@ -42,8 +42,10 @@ async def test_a_question_is_answered_and_nothing_is_left(monkeypatch: pytest.Mo
     assert "shutil.copytree(src, dst" in said
     assert "Recursively copy a directory tree" in said.split("evidence:")[1]
     table = said.split("Where the time went")[1]
-    for target in ("infer plan @ home", "infer judge @ home", "retrieve stdlib @ home", "tool docs @ "):
+    for target in ("infer plan @ iad", "infer judge @ iad", "retrieve stdlib @ iad", "tool docs @ iad"):
         assert target in table
+    assert "80 ms to and fro" in said
+    assert_the_loop_was_shown_both_ways(said.split("The same loop")[1])
     assert re.search(r'export NATS_URL="\$\(cat /\S+/nats\.url\)"', said)
     assert not re.search(r"nats://[^/\s]*@", said)
     (footprint,) = footprints
@@ -52,14 +54,32 @@ async def test_a_question_is_answered_and_nothing_is_left(monkeypatch: pytest.Mo
     assert {child.pid for child in psutil.Process().children()} <= children
 
 
+def assert_the_loop_was_shown_both_ways(said: str) -> None:
+    placement, table = said.split("Milliseconds after which")
+    assert re.search(r"^ +iad \* +\d+ ms +the client in home is \d+\.\d ms away", placement, re.M), placement
+    assert re.search(r"^ +home +\d+ ms +\S.* each through iad", placement, re.M), placement
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    calls = ["infer plan", "retrieve stdlib", "infer plan", "tool docs", "infer plan", "infer judge", "infer plan"]
+    assert [row[0] for row in rows] == [*calls, "the whole loop", "calls", "round trips between the regions"]
+    assert rows[-2][1:] == ["7", "7"]
+    assert rows[-1][1:] == ["7", "1"]
+    assert "Both answered: shutil.copytree\n" in table
+    saved = re.search(r"Dead time saved: (-?\d+) ms as measured here, (\d+) ms by the summary", table)
+    assert saved
+    assert int(saved[2]) > 0
+
+
 async def test_the_share_of_questions_answered_through_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:
     port = addresses.free_port()
     questions = [entry["question"] for entry in QUESTIONS]
     ledger = Ledger()
-    async with running(run.demo_config(port), workers=run.WORKERS, extra=[run.docs_part(port)]) as stack:
-        async with NearloopClient(stack.gateway_address) as client:
-            await run.build_index(client, Console(file=io.StringIO(), width=120))
-        outcomes = await run.ask_all(stack.gateway_address, questions, ledger)
+    regions = {"regions": run.REGIONS, "wan": run.WAN_S}
+    async with (
+        running(run.demo_config(port), workers=run.WORKERS, extra=[run.docs_part(port)], **regions) as stack,
+        NearloopClient(stack.gateway_address, region=loop.ORIGIN) as client,
+    ):
+        await run.build_index(client, Console(file=io.StringIO(), width=120))
+        outcomes = await run.ask_all(client, questions, ledger)
     failed = [repr(outcome) for outcome in outcomes if isinstance(outcome, BaseException)]
     assert failed == []
     names = {outcome.question: outcome.name for outcome in outcomes if isinstance(outcome, agent.Answer)}
@@ -68,13 +88,13 @@ async def test_the_share_of_questions_answered_through_the_gateway(capsys: pytes
         print(f"\nanswered through the gateway: {len(right)} of {len(questions)}, {len(right) / len(questions):.0%}")  # noqa: T201
     assert len(right) / len(questions) >= SHARE_ANSWERED, sorted(set(questions) - set(right))
     # Each answer came out of steps, and of no shortcut.
-    assert ledger.by_target["infer plan @ home"].steps >= 2 * len(questions)
+    assert ledger.by_target["infer plan @ iad"].steps >= 2 * len(questions)
     assert sum(spent.steps for name, spent in ledger.by_target.items() if name.startswith("tool docs")) >= len(right)
 
 
 @pytest.mark.parametrize(
     ("moment", "unsaid", "code"),
-    [("nats ", "Indexed", 130), ("  agent 1", "Where the time went", 130), ("Stopping", "Traceback", 0)],
+    [("nats-home ", "Indexed", 130), ("  agent 1", "Where the time went", 130), ("Stopping", "Traceback", 0)],
     ids=["while it starts", "while agents think", "while it stops"],
 )
 def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str, unsaid: str, code: int) -> None:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import pytest_asyncio
-from run_chaos_support import REGIONS, Case, Ledger, Streams, World, chaos_config, check_nothing_is_stuck, seed, tool_section
+from run_chaos_support import REGIONS, STEPS, Case, Ledger, Streams, World, chaos_config, check_nothing_is_stuck, seed, tool_section
 from stack_support import running
 
 pytestmark = [pytest.mark.chaos, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(150)]
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 RUNS = 40
 SLOTS = 4  # few, so that steps wait while something is killed, and take both ways: through the runner itself and through a tool worker
-DELAY_S = 0.03
+DELAY_S = 0.1
 CASES: dict[str, list[tuple[str, ...]]] = {
     "runner": [("run-home",), ("run-iad",)],
     "gateway": [("gateway",), ("gateway-2",)],
@@ -55,13 +55,16 @@ async def test_killed_at_random_moments(world: World, name: str) -> None:
     case = Case(world, name, RUNS, limits=lambda number: limits[number])
     victims = [*CASES[name], *rng.choices(CASES[name], k=max(0, 4 - len(CASES[name])))]
     rng.shuffle(victims)
-    moments = sorted(rng.uniform(0.05, 0.9) for _ in victims)
     running_all = asyncio.create_task(case.run_all())
     try:
-        for victim, moment in zip(victims, moments, strict=True):
-            await world.ledger.until(name, int(case.steps * moment))
+        for victim in victims:
+            await case.until_ready(*victim)
+            done, more = case.called(), RUNS // len(victims)
+            case.admit(more)
+            await world.ledger.until(name, done + int(more * len(STEPS) * rng.uniform(0.05, 0.6)))
             await asyncio.sleep(rng.uniform(0.0, 2 * DELAY_S))  # not only when a call has just begun
             await case.kill(*victim)
+        case.admit(RUNS)
         await running_all
     finally:
         running_all.cancel()
@@ -69,5 +72,6 @@ async def test_killed_at_random_moments(world: World, name: str) -> None:
     await case.check_ended_once()
     repeats = await case.check_ledger()
     case.check_repeats_have_a_cause()
+    assert all(kill.open_runs for kill in case.kills)
     assert repeats <= IN_FLIGHT[name] * len(victims)
     await check_nothing_is_stuck(world.streams)

@@ -40,6 +40,7 @@ class Watched:
     def __init__(self, inner: Delivery, bus: "WatchedBus") -> None:
         self.inner, self.bus = inner, bus
         self.step, self.queue, self.attempt = inner.step, inner.queue, inner.attempt
+        self.again = inner.again
         self.queued_us, self.pending, self.reply_to = inner.queued_us, inner.pending, inner.reply_to
         self.answered_by_commit = inner.answered_by_commit
         self.ended = ""

@@ -33,6 +33,7 @@ class Held:
 
     __slots__ = (
         "_clock",
+        "again",
         "arrived_s",
         "attempt",
         "delivery",
@@ -54,6 +55,7 @@ class Held:
         self.delivery = delivery
         self.step: Step = step
         self.attempt: int = delivery.attempt
+        self.again: bool = delivery.again
         self.queue_us = delivery.queued_us  # the wait for a slot is added when it starts
         self.key = (step.tenant, step.id)
         self.arrived_s = clock.now_s()

@@ -75,7 +75,7 @@ class StepLife:
             result = self._before(held)
             # A job's first delivery too: it may have been cancelled while the delivery was on its way.
             # A run's result is in its origin, perhaps far away: its first delivery is not worth that way.
-            if result is None and (held.attempt > 1 or (held.is_job and held.step.kind is not Kind.RUN)):
+            if result is None and (held.again or (held.is_job and held.step.kind is not Kind.RUN)):
                 stored = await self._bus.result(held.step.tenant, held.step.id, _result_region(held))
                 if stored is not None:
                     held.phase = Phase.ENDING

@@ -3,7 +3,8 @@
 The kernel has decided about the step as about every other, so the same policies hold; what is left out is the way to another process of
 the region and back, through a queue that exists to survive the caller: here the run's journal does. Nothing is stored for such a step
 but its outcome in the journal, which is therefore written before the run goes on. Functions stay in the tool workers, since one that
-blocks or crashes would take all runs with it, and so does what finds no free slot here.
+blocks or crashes would take all runs with it. A runner with more than `near_calls` calls under way leaves HTTP calls to them, too: what is
+short then is this process's time.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ class NearWork:
     """The `Work` of a step that is executed here."""
 
     attempt = 1
+    again = False
     leaving = False
 
     def __init__(self, step: Step, region: str, clock: Clock) -> None:
@@ -49,7 +51,7 @@ class NearTools:
         self._clock = clock
         self._executor = ToolsExecutor(config.model_copy(update={"tools": config.tools.model_copy(update={"modules": ()})}))
         self._targets: dict[str, Target] = {}
-        self._running: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()  # by target
 
     async def start(self) -> None:
         await self._executor.start()
@@ -112,6 +114,8 @@ class NearBus(NatsGatewayBus):
         super().__init__(config, bus_id, clock)
         self._region = config.gateway.region
         self._near = near
+        self._most = config.worker.near_calls
+        self._under_way = 0
 
     async def start(self) -> None:
         await self._near.start()
@@ -122,6 +126,11 @@ class NearBus(NatsGatewayBus):
         await self._near.close()
 
     def execute(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
-        if region == self._region and self._near.takes(step):
-            return self._near.execute(step)
-        return super().execute(step, region)
+        self._under_way += 1
+        near = self._under_way <= self._most and region == self._region and self._near.takes(step)
+        waiting = self._near.execute(step) if near else super().execute(step, region)
+        waiting.add_done_callback(self._ended)
+        return waiting
+
+    def _ended(self, _: "asyncio.Future[StepResult]") -> None:
+        self._under_way -= 1

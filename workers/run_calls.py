@@ -58,7 +58,7 @@ def step_id(run_id: str, key: str, attempt: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call ended with: for the engine, and for those who watch. stored: it is a result that can be found again by its id."""
+    """What a call ended with: for the engine, and for those who watch. stored: it can be found again by whoever asks again."""
 
     event: Completed | Failed
     told: StepEnded
@@ -130,7 +130,9 @@ class RunCalls:
             worker=result.worker,
             took_us=self._us_since(began_s),
         )
-        return Outcome(event, told, stored=result.worker != self._runner)
+        # What this process executed itself is in no results stream; where nothing was changed, asking again finds it just as well.
+        found_again = result.worker != self._runner or (target is not None and target.read_only)
+        return Outcome(event, told, found_again)
 
     async def abandon(self, key: str) -> None:
         """For a call whose `make` was cancelled because its outcome is not needed. What cannot be reached ends by its deadline."""

@@ -59,6 +59,8 @@ class RunExecution:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._work = work
+        # An earlier runner may have been further than its journal says: it does not wait for the entry of a result that can be found again.
+        self._again = work.again
         self._engine = engine
         self._calls = calls
         self._writer = writer
@@ -85,7 +87,7 @@ class RunExecution:
     async def go(self, entries: Sequence[bytes]) -> Payload:
         """The output as JSON. Raises NearloopError for a run that failed, LeaseLost, CancelledError."""
         try:
-            self._perform(await self._begin(entries), again=bool(entries))
+            self._perform(await self._begin(entries))
             self._look_ahead()
             while self._engine.ended is None:
                 await self._take(await self._arrived())
@@ -177,14 +179,14 @@ class RunExecution:
             self._note_timers(more, self._clock.wall_s())
             self._cancel(more)
             commands += more
-        if not self._tasks:
+        if not self._is_waiting():
             self._waited_us += int((self._clock.now_s() - self._waiting_since_s) * 1e6)
         written = self._writer.write(told)
         if not certain:
             await written
         if self._writer.failure is not None:
             raise self._writer.failure
-        self._perform(commands, again=False)
+        self._perform(commands)
         self._look_ahead()
 
     async def _turn(self, turn: Callable[[], list[Command] | None]) -> list[Command]:
@@ -214,27 +216,31 @@ class RunExecution:
         if self._guesses is not None:
             self._guesses.look()
 
-    def _perform(self, commands: Sequence[Command], again: bool) -> None:
-        idle = not self._tasks
+    def _perform(self, commands: Sequence[Command]) -> None:
+        idle = not self._is_waiting()
         cancelled = {command.key for command in commands if isinstance(command, Cancel)}
         for command in commands:
             if isinstance(command, StartCall | Wait) and command.key not in cancelled:
-                work = self._call(command, again, self._guess(command)) if isinstance(command, StartCall) else self._wait(command)
+                work = self._call(command, self._guess(command)) if isinstance(command, StartCall) else self._wait(command)
                 self._tasks[command.key] = asyncio.create_task(work, name=f"call {command.key}")
-        if idle and self._tasks:
+        if idle and self._is_waiting():
             self._waiting_since_s = self._clock.now_s()
             started = (command for command in commands if isinstance(command, StartCall))
             self._saved_s += max((self._savings.call_s(f"{one.kind.value}.{one.target}") for one in started), default=0.0)
 
+    def _is_waiting(self) -> bool:
+        """For a call, or for its next attempt; the clock of an agent's budget runs beside."""
+        return any(key not in self._timers for key in self._tasks)
+
     def _guess(self, start: StartCall) -> Guess | None:
         return self._guesses.adopt(start) if self._guesses is not None else None
 
-    async def _call(self, start: StartCall, again: bool, guess: Guess | None) -> None:
+    async def _call(self, start: StartCall, guess: Guess | None) -> None:
         self._emit(self._calls.started(start))
         on_token = self._emit if self._tokens else None
         try:
             outcome = await guess.outcome(on_token) if guess is not None else None
-            self._inbox.put_nowait(outcome or await self._calls.make(start, again, on_token))
+            self._inbox.put_nowait(outcome or await self._calls.make(start, self._again, on_token))
         except Exception as error:  # a fault of ours: the run must not wait for ever
             self._inbox.put_nowait(error)
 

@@ -122,10 +122,11 @@ class ProgramExecutor:
         journal = self._store.journal(work.queue_region, step.tenant, step.id, keep_s)
         hearing = asyncio.create_task(self._bus.hear(mark_of(step.id)), name="hear of a run's steps")
         try:
-            entries = await journal.read() if work.attempt > 1 else ()
+            entries = await journal.read() if work.again else ()
             execution, writer = self._execution(work, order, journal, keep_s)
-            if work.attempt > 1:
-                log.info("run %s: taken over with %d entries", step.id, len(entries))
+            if work.again:
+                if entries:
+                    log.info("run %s: taken over with %d entries", step.id, len(entries))
                 await writer.fence()
             await hearing
             return await execution.go(entries)
@@ -166,7 +167,7 @@ class ProgramExecutor:
 
     def _guesses(self, work: Work, order: RunOrder, engine: Engine) -> Guesses:
         calls = RunCalls(order, self._region, self._name, GuessService(self._service), self._clock, self._random, self._check)
-        return Guesses(order.speculate, engine, calls, self._service, self._guess_budget, tokens=order.tokens, again=work.attempt > 1)
+        return Guesses(order.speculate, engine, calls, self._service, self._guess_budget, tokens=order.tokens, again=work.again)
 
     def _schemas(self, program: Program) -> dict[str, Json]:
         """Of what agents may call, for their models to see."""

@@ -19,6 +19,7 @@ class _ChildWork:
     def __init__(self, work: Work, step: Step) -> None:
         self.step = step
         self.attempt = work.attempt
+        self.again = work.again
         self.queue_region = work.queue_region
         self._work = work
         self.remaining_s = work.remaining_s

@@ -1,7 +1,8 @@
 """`nearloop demo`: the whole stack, agents that answer questions through it, and a clean stop.
 
 The corpus is the standard library of the running interpreter, embedded by the `embed` model and indexed through the `stdlib` target;
-the external API is an HTTP service in the second region. `plan` decides, `judge` evaluates, nothing is looked up beforehand.
+the external API is an HTTP service. `plan` decides, `judge` evaluates, nothing is looked up beforehand. Clients and gateway are in the
+region home, everything that is called is in iad: two nats-servers with a relay between them that delays what crosses.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from gateway import addresses, config, parts
 from gateway.client import NearloopClient
 from gateway.config import Config
-from gateway.demo import agent, corpus, view
+from gateway.demo import agent, corpus, loop, view
 from gateway.demo.backend import Backend, Ledger, index
 from gateway.demo.questions import QUESTIONS
 from gateway.edge import probes
@@ -24,8 +25,10 @@ from gateway.errors import NearloopError
 from gateway.supervisor import Part
 from gateway.up import Stack, interrupts
 
-WORKERS = (("infer", "home"), ("tool", "home"), ("tool", "iad"), ("retrieve", "home"))
-AGENT_REGIONS = ("home", "iad")
+REGIONS = ("home", "iad")
+WAN_S = {"iad": 0.08}
+AGENTS = "{} agents think, search, call the API and judge, all at once"
+WORKERS = (("infer", "iad"), ("tool", "iad"), ("retrieve", "iad"), ("run", "home"), ("run", "iad"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,9 @@ async def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    say("Starting nats-server, Triton, workers, gateway and an API to call:")
-    stack = Stack(demo_config(docs_port), on_line=say, workers=WORKERS, extra=[docs_part(docs_port)])
+    say("Two regions: home has the agents and their gateway; iad has the models, the vector store and an API to call.")
+    say(f"The distance is simulated: a relay between their nats-servers delays what crosses, {WAN_S['iad'] * 1000:g} ms to and fro.\n")
+    stack = Stack(demo_config(docs_port), on_line=say, workers=WORKERS, extra=[docs_part(docs_port)], regions=REGIONS, wan=WAN_S)
     with interrupts(stack.kill_now) as stop:  # around everything: while the stack stops, Ctrl-C must not break it off half-way
         if not await _unless(stop, stack.__aenter__()):
             say("Stopped.")
@@ -98,21 +102,34 @@ async def _unless(stop: asyncio.Event, work: Awaitable[object]) -> bool:
 
 async def _show(options: DemoOptions, stack: Stack, console: Console) -> int:
     questions = options.ask or QUESTIONS
-    async with NearloopClient(stack.gateway_address) as client:
+    async with NearloopClient(stack.gateway_address, region=loop.ORIGIN) as client:
         await build_index(client, console)
-        console.print(f"\n{len(questions)} agents think, search, call the API and judge, all at once:")
+        who = "1 agent thinks, searches, calls the API and judges" if len(questions) == 1 else AGENTS.format(len(questions))
+        console.print(f"\n{who}; each call is an Execute of its client at home:")
         ledger = Ledger()
         began_s = time.perf_counter()
         with view.View(console, questions) as live:
-            outcomes = await ask_all(stack.gateway_address, questions, ledger, live)
+            outcomes = await ask_all(client, questions, ledger, live)
         wall_s = time.perf_counter() - began_s
         view.show_answers(console, [outcome for outcome in outcomes if isinstance(outcome, agent.Answer)])
         failures = [(question, outcome) for question, outcome in zip(questions, outcomes, strict=True) if isinstance(outcome, Exception)]
         for question, error in failures:
             console.print(f"{question}: {type(error).__name__}: {error}", style="red", markup=False)
         view.show_times(console, ledger, wall_s, len(questions))
-        view.show_further(console, stack.nats_url_file, stack.gateway_address)
-    return 1 if failures else 0
+        compared = not failures and await _compare(client, questions[0], console)
+        view.show_further(console, stack.nats_url_file, stack.gateway_address, loop.PROGRAM)
+    return 0 if compared else 1
+
+
+async def _compare(client: NearloopClient, question: str, console: Console) -> bool:
+    """Shows one question's loop driven in both ways; False when one of them failed."""
+    console.print(f"\nThe same loop, driven by its client and as one run: {question}", style="bold", markup=False)
+    try:
+        view.show_both(console, await loop.compare(client, question))
+    except (NearloopError, agent.AgentError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        return False
+    return True
 
 
 async def build_index(client: NearloopClient, console: Console) -> None:
@@ -127,13 +144,12 @@ async def build_index(client: NearloopClient, console: Console) -> None:
 
 
 async def ask_all(
-    gateway_address: str, questions: Sequence[str], ledger: Ledger, live: view.View | None = None
+    client: NearloopClient, questions: Sequence[str], ledger: Ledger, live: view.View | None = None
 ) -> list[agent.Answer | BaseException]:
-    """One agent for each question, all at once, from two regions in turn."""
-    clients = [NearloopClient(gateway_address, region=region) for region in AGENT_REGIONS]
+    """One agent for each question, all at once."""
 
     async def one(number: int, question: str) -> agent.Answer:
-        backend = Backend(clients[number % len(clients)], ledger, run=f"agent-{number + 1}")
+        backend = Backend(client, ledger, run=f"agent-{number + 1}")
         return await agent.answer(
             question,
             plan=backend.plan,
@@ -143,8 +159,7 @@ async def ask_all(
             on_event=(lambda kind, detail: live.event(number, kind, detail)) if live else None,
         )
 
-    async with clients[0], clients[1]:
-        outcomes = await asyncio.gather(*(one(number, question) for number, question in enumerate(questions)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(one(number, question) for number, question in enumerate(questions)), return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, BaseException) and not isinstance(outcome, NearloopError | agent.AgentError):
             raise outcome

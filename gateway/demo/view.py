@@ -1,8 +1,10 @@
 """What the demo shows: a live table of agents, their answers, where the time went, and where to look further."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -13,6 +15,9 @@ from rich.text import Text
 
 from gateway.demo.agent import Answer
 from gateway.demo.backend import Ledger
+from gateway.demo.loop import ORIGIN, Both
+
+MOST_REASONS = 3  # of a placement, for each region; the largest come first
 
 
 @dataclass(slots=True)
@@ -81,21 +86,55 @@ def show_times(console: Console, ledger: Ledger, wall_s: float, agents: int) -> 
     console.print(table)
 
 
-def show_further(console: Console, nats_url_file: Path, gateway_address: str) -> None:
+def show_both(console: Console, both: Both) -> None:
+    """One question by the client and as a run, call by call, and what that saved."""
+    client, run, placement = both.by_client, both.as_run, both.placement
+    region = run.summary.region if run.summary else ""
+    console.print("Where it would waste the least time, by measured round trips (`nearloop place`):", highlight=False)
+    places = Table(box=None, padding=(0, 2))
+    for name in ("region", "expected dead time", "why"):
+        places.add_column(name)
+    for one in placement.estimates:
+        chosen = " *" if one.region == placement.region else ""
+        why = one.excluded or "\n".join(one.why[:MOST_REASONS])
+        places.add_row(f"{one.region}{chosen}", f"{one.dead_s * 1000:.0f} ms" if math.isfinite(one.dead_s) else "not known", Text(why))
+    console.print(places)
+    console.print(Text(f"\nMilliseconds after which the client in {ORIGIN} has heard of each call (medians of three, in turn):"))
+    table = Table()
+    table.add_column("call")
+    table.add_column("driven by the client", justify="right")
+    table.add_column(f"one run in {region}", justify="right")
+    for here, there in zip_longest(client.calls, run.calls):
+        what = here.what if here and (not there or here.what == there.what) else f"{here.what if here else '-'} / {there.what}"
+        table.add_row(what, *(f"{one.at_s * 1000:.0f}" if one else "" for one in (here, there)))
+    table.add_section()
+    table.add_row("the whole loop", *(Text(f"{one.wall_s * 1000:.0f}", style="bold") for one in (client, run)))
+    table.add_row("calls", str(len(client.calls)), str(len(run.calls)))
+    table.add_row("round trips between the regions", str(client.crossings), str(run.crossings))
+    console.print(table)
+    estimated_ms = run.summary.saved_us / 1000 if run.summary else 0.0
+    saved_ms = (client.wall_s - run.wall_s) * 1000
+    console.print(Text(f"Both answered: {client.answer['name'] or client.answer['answer']}"))
+    console.print(Text(f"Dead time saved: {saved_ms:.0f} ms as measured here, {estimated_ms:.0f} ms by the summary of the run"))
+
+
+def show_further(console: Console, nats_url_file: Path, gateway_address: str, program: Path) -> None:
     console.print(
         Text(
-            "\nLook further, while it runs (`nearloop up`, or this demo with --keep):\n"
-            f'  export NATS_URL="$(cat {nats_url_file})"\n'
+            "\nLook further, while it runs (this demo with --keep):\n"
+            f'  export NATS_URL="$(cat {nats_url_file})" NEARLOOP_ADDRESS={gateway_address}\n'
             "  nats stream ls\n"
-            "  nats stream subjects NL_RESULTS\n"
-            "  nats consumer report NL_STEPS_HOME\n"
+            "  nats stream subjects NL_RUNS\n"
+            "  nats --js-domain iad consumer report NL_STEPS_IAD\n"
             "  nats sub 'nl.step.>'\n"
             "  nats service ls\n"
-            "  nats kv ls nl-targets\n"
+            "  nats kv get nl-regions link.home.iad --raw\n"
             f"  grpcurl -plaintext {gateway_address} list\n"
-            f"  nearloop targets --address {gateway_address}\n"
-            f"  nearloop doctor --address {gateway_address}"
-        )
+            f'  nearloop run {program} --input \'{{"question": "how do I copy a file?"}}\'\n'
+            "  nearloop targets\n"
+            "  nearloop doctor"
+        ),
+        soft_wrap=True,
     )
 
 

@@ -42,6 +42,7 @@ class NatsDelivery:
         "_link",
         "_on_end",
         "_subject",
+        "again",
         "attempt",
         "headers",
         "pending",
@@ -60,14 +61,17 @@ class NatsDelivery:
         raw: bytes,
         body: bytes,
         wall_s: float,
+        unsure_until_s: float,
         on_end: Callable[[str], None],
     ) -> None:
-        """Raises ValueError or KeyError for a message that is not a step."""
+        """unsure_until_s: of what was stored until then (wall clock) the server may have forgotten a delivery. Raises ValueError or
+        KeyError for a message that is not a step."""
         info, found = read_ack(ack_subject), h.parse(raw)
         self._link, self._ack_subject, self._ended, self._on_end = link, ack_subject, False, on_end
         self.step: Step = codec.read_step(subject, found, body)
         self.queue = queue
         self.attempt, self.pending = info.delivered, info.pending
+        self.again = info.delivered > 1 or info.stored_ns <= unsure_until_s * 1e9
         self.queued_us = max(0, round(wall_s * 1e6 - info.stored_ns / 1e3))
         self.reply_to = found.get(subjects.H_REPLY, "")
         self.headers = raw

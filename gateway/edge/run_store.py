@@ -46,7 +46,8 @@ class NatsRunStore:
         accepted = subjects.run_accepted(origin, record.tenant, record.id)
         first = f"{codec.H_EXPECTED_SUBJECT_SEQUENCE}: 0\r\n"
         headers = h.block(
-            f"{first}{codec.H_TTL}: {math.ceil(left_s + record.keep_s)}s\r\n{codec.H_CALL}: {call}\r\n{_H_RECORD}: {h.escape(_head(record))}\r\n"
+            f"{first}{codec.H_TTL}: {math.ceil(left_s + record.keep_s)}s\r\n{codec.H_CALL}: {call}\r\n"
+            f"{_H_RECORD}: {h.escape(_head(record))}\r\n"
         )
         mark = h.block(f"{first}{codec.H_TTL}: {math.ceil(left_s + _GRACE_S)}s\r\n")
 

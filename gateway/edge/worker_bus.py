@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0
 _PING_S = 2.0
+_SKEW_S = 1.0  # between the clocks of server and worker
 _BUSY_FROM = 3  # steps held at once; quick ones are never many, however many pass through
 
 
@@ -62,6 +63,10 @@ class NatsWorkerBus:
         self.js = JetStream(self.control, timeout_s)
         self._sites = Sites(self.js, config, region)
         self._queues = QueueMaker(config, self._sites)
+        # A server that crashed counts the deliveries anew that it had not written down. That one crashed shows by the connection, but for
+        # one far away, behind the own.
+        self._back_s = clock.wall_s()
+        self._consume.on_reconnect.append(self._on_back)
         self._held: set[str] = set()  # subjects of steps that have not ended; one that is delivered again counts once
         self.pullers: set[_NatsPuller] = set()
         self._checker: asyncio.Task[None] | None = None
@@ -151,7 +156,10 @@ class NatsWorkerBus:
         data: bytes,
     ) -> None:
         try:
-            delivery = NatsDelivery(self._publish, queue, subject, ack_subject, headers, data, self._clock.wall_s(), self._on_ended)
+            unsure_until_s = self._back_s + _SKEW_S if queue.region in self._sites.own_regions else float("inf")
+            delivery = NatsDelivery(
+                self._publish, queue, subject, ack_subject, headers, data, self._clock.wall_s(), unsure_until_s, self._on_ended
+            )
         except (ValueError, KeyError) as error:
             # Not written by a gateway: nobody waits for it and it would come back for ever.
             log.warning("%s is not a step and is removed: %s", subject, error)
@@ -168,6 +176,9 @@ class NatsWorkerBus:
         self.counters["delivered"] += 1
         self.counters["redelivered"] += delivery.attempt > 1
         on_delivery(delivery)
+
+    def _on_back(self) -> None:
+        self._back_s = self._clock.wall_s()
 
     def _on_ended(self, subject: str) -> None:
         self._held.discard(subject)

@@ -14,8 +14,10 @@ expressions of a run together is an `Allowance` of the same units; looking throu
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from celpy.evaluation import CELEvalError
 
@@ -29,6 +31,9 @@ MOST_RESULT_CHARS = 4_000_000  # of JSON, about
 MOST_RESULT_DEPTH = 100
 VALUES_PER_UNIT = 8  # to look through a result, or to copy a template
 MOST_SHOWN_CHARS = 120  # of an expression in a message
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d{1,9}\])*", re.ASCII)
+_PART = re.compile(r"\w+", re.ASCII)
+_NOT_THERE = object()
 _ENOUGH = 2 * MOST_WORK + MOST_RESULT_CHARS  # for any one evaluation
 
 
@@ -38,12 +43,14 @@ class ExpressionFailed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """references: dotted paths of the variables that it uses, `steps.search.output.hits`; roots: their first names."""
+    """references: dotted paths of the variables that it uses, `steps.search.output.hits`; roots: their first names. path: for an
+    expression that is nothing but a path, as most are: what the evaluator would follow in 50 us is followed in 2."""
 
     text: str
     tree: Node
     references: frozenset[str]
     roots: frozenset[str]
+    path: tuple[str | int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,9 @@ def compile_expression(text: str) -> Compiled:
     except ValueError as error:
         raise ValueError(f"`{_shown(text)}` {error}") from None
     used = references(tree)
-    return Compiled(text, tree, used, frozenset(path.split(".")[0] for path in used))
+    roots = frozenset(path.split(".")[0] for path in used)
+    path = tuple(int(part) if part.isdigit() else part for part in _PART.findall(text)) if roots and _PATH.fullmatch(text) else ()
+    return Compiled(text, tree, used, roots, path)
 
 
 def references_of(compiled: Compiled | CompiledTemplate) -> frozenset[str]:
@@ -85,7 +94,11 @@ def evaluate(compiled: Compiled, variables: Mapping[str, Json], allowance: Allow
     if missing:
         raise _failed(compiled, f"there is no variable `{missing[0]}` here")
     try:
-        value = run(compiled.tree, {name: variables[name] for name in compiled.roots}, allowance)
+        value = _follow(compiled.path, variables)
+        if value is _NOT_THERE:
+            value = run(compiled.tree, {name: variables[name] for name in compiled.roots}, allowance)
+        else:
+            allowance.spend(len(compiled.path))
         if not any(value is variables[name] for name in compiled.roots):
             _measure(value, allowance)
     except CELEvalError as error:
@@ -96,7 +109,26 @@ def evaluate(compiled: Compiled, variables: Mapping[str, Json], allowance: Allow
         raise _failed(compiled, "its values nest too deep") from None
     except _TooLarge as error:
         raise _failed(compiled, f"its result {error}") from None
-    return value  # type: ignore[no-any-return]
+    return cast(Json, value)
+
+
+def _follow(path: tuple[str | int, ...], variables: Mapping[str, Json]) -> object:
+    """What is at the path; _NOT_THERE for no path, and for all that the evaluator has something to say about."""
+    if not path:
+        return _NOT_THERE
+    value: Any = variables
+    for part in path:
+        there = (
+            part in value if isinstance(part, str) and isinstance(value, Mapping) else isinstance(value, list) and _is_index(part, value)
+        )
+        if not there:
+            return _NOT_THERE
+        value = value[part]
+    return value
+
+
+def _is_index(part: str | int, items: list[Any]) -> bool:
+    return isinstance(part, int) and part < len(items)
 
 
 def compile_template(value: Json) -> CompiledTemplate:
