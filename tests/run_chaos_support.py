@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -444,7 +444,7 @@ class Case:
         not_moved = [call for call in calls if call.key.partition("/")[0] not in moved]
         for kill in self.kills:
             again = [call for call in not_moved if call.at_s > kill.at_s and call.key in kill.stored]
-            assert again == [], f"called after {kill.names} were killed, though the outcome was stored before: {[one.key for one in again]}"
+            assert again == [], f"called after {kill.names} were killed, though stored before: {self._history(again, stored)}"
         late = [(call, stored[call.key]) for call in not_moved if call.at_s > stored.get(call.key, call.at_s)]
         repeats = len(calls) - len({call.key for call in calls})
         log.warning(
@@ -456,8 +456,17 @@ class Case:
             len(late),
             ", ".join(" and ".join(kill.names) for kill in self.kills) or "nothing",
         )
-        assert late == [], [(call.key, call.at_s - at_s) for call, at_s in late]
+        assert late == [], self._history([call for call, _ in late], stored)
         return repeats
+
+    def _history(self, calls: Sequence[Call], stored: Mapping[str, float]) -> str:
+        """What happened around these calls, for the person who reads the failure."""
+        first_s = min(kill.at_s for kill in self.kills) if self.kills else 0.0
+        lines = [f"{kill.at_s - first_s:.3f}-{kill.over_s - first_s:.3f} killed {' and '.join(kill.names)}" for kill in self.kills]
+        for key in {call.key for call in calls}:
+            times = [f"{call.at_s - first_s:.3f}" for call in self.world.ledger.of(self.tenant) if call.key == key]
+            lines.append(f"{key}: called at {', '.join(times)}; stored at {stored[key] - first_s:.3f}")
+        return "\n".join(lines)
 
     def check_repeats_have_a_cause(self) -> None:
         """Between two calls with the same key something was killed."""
