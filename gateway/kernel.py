@@ -130,10 +130,14 @@ class Kernel:
         await asyncio.gather(*(self._bus.withdraw(step, region) for region in self._serving(step)))
 
     async def _sent_before(self, step: Step) -> tuple[StepResult | None, str]:
-        return await self._bus.locate(step, self._serving(step))
+        """In every region that it can have been sent to: one whose workers have all died since may have its result. What must not be
+        executed twice waits for all of them to answer."""
+        target = self.target(step.kind, step.target)
+        certain = target is None or not (target.read_only or target.idempotent)
+        return await self._bus.locate(step, [endpoint.region for endpoint in self._endpoints(step.kind, step.target)], certain)
 
     def _serving(self, step: Step) -> list[str]:
-        """The regions that it can have been sent to."""
+        """The regions in which it may wait or be executed."""
         return [endpoint.region for endpoint in self._endpoints(step.kind, step.target) if endpoint.workers or endpoint.home]
 
     async def stream(self, step: Step) -> AsyncGenerator[StepEvent | Completed, None]:

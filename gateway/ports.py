@@ -245,9 +245,10 @@ class GatewayBus(Protocol):
         """Like `execute` for a step that is stored in the region's queue already, perhaps by another process: waits for its result."""
         ...
 
-    async def locate(self, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
+    async def locate(self, step: Step, regions: Sequence[str], certain: bool = False) -> tuple[StepResult | None, str]:
         """For a step that may have been sent before, to any of these regions: its result if one is stored, and the region in whose queue
-        it is, empty for none. Regions that do not answer are taken to have neither. Raises Unavailable when none answers."""
+        it is, empty for none. Regions that do not answer are taken to have neither, unless it must be certain. Raises Unavailable when
+        none answers, or when one does not and it must be certain."""
         ...
 
     def targets(self) -> Mapping[str, Target]:

@@ -149,7 +149,7 @@ class MemoryGatewayBus(_Side):
         if not self._heard[mark]:
             del self._heard[mark]
 
-    async def locate(self, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
+    async def locate(self, step: Step, regions: Sequence[str], certain: bool = False) -> tuple[StepResult | None, str]:
         queued = next((region for region in regions if self._queued(step, region)), "")
         found = (self._broker.result(step.tenant, step.id, subjects.result_region(step.id, region)) for region in regions)
         return next((result for result in found if result is not None), None), queued

@@ -116,6 +116,7 @@ async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
     assert len(commands) >= 20
     await desk.client.execute("tool", "echo", {"hello": "world"}, timeout_s=10)
     await desk.client.submit("tool", "report", {"month": "2025-01"}, idempotency_key="report-2")
+    run = await desk.client.submit_run("program: nearloop/v1\nname: greet\nsteps: [{id: greet, tool: echo}]\n", {}, timeout_s=600)
     async with shop(desk.shop_port, hangs=True) as hanging:
 
         async def calls() -> int:
@@ -138,7 +139,12 @@ async def test_every_command_of_the_guide_runs(desk: Desk) -> None:
 
     async with shop(desk.shop_port):
         for command in commands:
-            filled = command.replace("JOB_ID", job.id).replace("DEADLINE_MS", deadline_ms).replace("REGION.WORKER", worker)
+            filled = (
+                command.replace("JOB_ID", job.id)
+                .replace("RUN_ID", run.id)
+                .replace("DEADLINE_MS", deadline_ms)
+                .replace("REGION.WORKER", worker)
+            )
             if "GATEWAY" in filled:
                 (gateway,) = await eventually(statuses, bool, 10, "a status of the changed policy")
                 filled = filled.replace("GATEWAY", gateway.split(".")[1])

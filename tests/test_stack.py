@@ -251,7 +251,7 @@ def array(*shape: int, dtype: Any = np.object_) -> Any:
 # What is sent, the error, and what its text names.
 BAD: dict[str, tuple[dict[str, Any], type[NearloopError], str]] = {
     "unknown target": ({"target": "ecko"}, NotFound, "ecko"),
-    "unknown kind of target": ({"kind": "run", "target": "loop"}, NotFound, "loop"),
+    "a run": ({"kind": "run", "target": "loop"}, InvalidStep, "step.kind"),
     "wrong kind": ({"kind": "infer", "target": "note", "input": {"text": "x"}}, InvalidStep, "step.kind"),
     "bad target": ({"target": "a.b"}, InvalidStep, "step.target"),
     "bad run": ({"run": "a b"}, InvalidStep, "step.run"),

@@ -137,6 +137,7 @@ async def test_each_result_tells_the_average_with_its_own_wait_but_not_that_of_j
         step=step,
         queue=Queue("home", step.kind, step.target, step.lane),
         attempt=attempt,
+        again=attempt > 1,
         queued_us=500_000,
         reply_to=reply_to,
         answered_by_commit=False,

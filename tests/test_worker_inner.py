@@ -25,6 +25,7 @@ class OneWork:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.attempt = 1
+        self.again = False
         self.queue_region = "home"
         self.leaving = False
 

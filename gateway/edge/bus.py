@@ -111,8 +111,8 @@ class NatsGatewayBus:
     def resume(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
         return self._dispatcher.resume(step, region)
 
-    async def locate(self, step: Step, regions: Sequence[str]) -> tuple[StepResult | None, str]:
-        return await lookup.locate(self._sites, step, regions)
+    async def locate(self, step: Step, regions: Sequence[str], certain: bool = False) -> tuple[StepResult | None, str]:
+        return await lookup.locate(self._sites, step, regions, certain)
 
     def round_trips(self) -> RoundTrips:
         return self._live.round_trips()

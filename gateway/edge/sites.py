@@ -12,6 +12,7 @@ class Sites:
         self.own_regions = config.site(region)
         domains = {name: config.domain(name) for name in config.region_names if name not in self.own_regions}
         self.others = {domain: js.at(domain) for domain in domains.values()}
+        self.silent_until_s: dict[str, float] = {}  # regions that did not answer lately, by the loop's clock
         self._by_region = {name: self.others[domain] for name, domain in domains.items()}
 
     def js_of(self, region: str) -> JetStream:
