@@ -87,7 +87,7 @@ class NatsSection(Section):
     # In a region's stream. A job's record, which has no input, counts as well, until job_keep_s after its deadline.
     max_queue_messages: PositiveInt = 1_000_000
     max_queue_bytes: PositiveInt = 1024 * 1024 * 1024
-    result_keep_s: Annotated[float, Field(ge=1)] = 300.0  # results of Execute
+    result_keep_s: Annotated[float, Field(ge=1)] = 300.0  # results of Execute, and the journals of runs after their deadline
     job_keep_s: Annotated[float, Field(ge=60)] = 86_400.0  # jobs and their results, after their deadline
     dead_keep_s: Annotated[float, Field(ge=60)] = 7 * 86_400.0
 

@@ -97,6 +97,10 @@ class LeaseLost(Exception):
     """Another runner has taken the run over: this one must stop, and say nothing more about it."""
 
 
+class NotHere(Exception):
+    """This worker must not execute the step, one of another region may: it goes back to its queue."""
+
+
 class RunJournal(Protocol):
     """What happened in a run, kept in the region that executes it. One runner at a time can append."""
 
@@ -115,10 +119,16 @@ class RunStore(Protocol):
     it does not answer."""
 
     async def accept(self, record: RunRecord) -> tuple[RunRecord, bool]:
-        """Stores the record, and a mark that it is open, both or neither: True. False with the record that was there already."""
+        """Stores the record with its body, and a mark that it is open: True. False with the record that was there already."""
         ...
 
-    async def find(self, tenant: str, run_id: str) -> RunRecord | None: ...
+    async def find(self, tenant: str, run_id: str) -> RunRecord | None:
+        """Without its body."""
+        ...
+
+    async def body(self, record: RunRecord) -> RunRecord | None:
+        """The record with its body; None when the run has been closed."""
+        ...
 
     async def mark(self, tenant: str, run_id: str) -> OpenRun | None:
         """None once the run has been closed."""
@@ -131,7 +141,7 @@ class RunStore(Protocol):
         ...
 
     async def close_run(self, tenant: str, run_id: str) -> None:
-        """Takes the mark away: the run has its result."""
+        """Takes mark and body away: the run has its result."""
         ...
 
     async def send(self, record: RunRecord, region: str) -> None:

@@ -49,8 +49,9 @@ def record(order: RunOrder, region: str, created_s: float, keep_s: float, may_mo
         order.deadline_s,
         created_s,
         region,
-        write(order),
+        order.program.name,
         digest(order),
+        write(order),
         may_move,
         keep_s,
         order.traceparent,
@@ -72,11 +73,3 @@ def is_safe_twice(program: Program, find: Callable[[str], Target | None]) -> boo
         if target is None or (target.kind is Kind.TOOL and not (target.read_only or target.idempotent)):
             return False
     return True
-
-
-def program_name(record: RunRecord) -> str:
-    """Empty for what no gateway wrote."""
-    try:
-        return str(json.loads(record.body)["program"]["name"])
-    except (ValueError, KeyError, TypeError):
-        return ""

@@ -40,9 +40,10 @@ class RunOrder:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """An accepted run, as its origin keeps it: what was promised. body: the order as `gateway.run_record` writes it, which is also the
-    input of the run's step. digest: of program and input, to notice a key that is used again for something else. may_move: all that it
-    may call is declared read_only or idempotent, so that running it twice does no harm. keep_s: after the deadline."""
+    """An accepted run, as its origin keeps it: what was promised. program: its name. body: the order as `gateway.run_record` writes it,
+    which is also the input of the run's step; kept until the run has ended, and apart, so it is empty in a record that was found.
+    digest: of program and input, to notice a key that is used again for something else. may_move: all that it may call is declared
+    read_only or idempotent, so that running it twice does no harm. keep_s: after the deadline."""
 
     id: str
     tenant: str
@@ -50,8 +51,9 @@ class RunRecord:
     deadline_s: float
     created_s: float
     region: str
-    body: bytes
+    program: str
     digest: str
+    body: bytes = b""
     may_move: bool = False
     keep_s: float = 86_400.0
     traceparent: str = ""

@@ -208,9 +208,16 @@ class Runs:
         return completed_steps(entries, SHOWN_OUTPUT_BYTES)
 
     def _status(self, record: RunRecord, state: JobState, placement: Placement | None = None) -> RunStatus:
-        name = run_record.program_name(record)
         return RunStatus(
-            record.id, record.tenant, name, state, record.region, record.lane, record.created_s, record.deadline_s, placement=placement
+            record.id,
+            record.tenant,
+            record.program,
+            state,
+            record.region,
+            record.lane,
+            record.created_s,
+            record.deadline_s,
+            placement=placement,
         )
 
     async def close(self) -> None:

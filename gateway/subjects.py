@@ -5,6 +5,7 @@
     nl.result.<region>.<tenant>.<id>               the one result of a step          stream NL_RESULTS
     nl.dead.<region>.<kind>.<target>.<id>          a step that was given up          stream NL_DEAD
     nl.run.<region>.<tenant>.<id>.accepted         the promise to execute a run      stream NL_RUNS
+    nl.run.<region>.<tenant>.<id>.order            what was asked, until it ends     stream NL_RUNS
     nl.run.<region>.<tenant>.<id>.open             that it has not ended             stream NL_RUNS
     nl.run.<region>.<tenant>.<id>.journal          what its runner has done          stream NL_RUNS
     nl.reply.<mark>.<id>                           a result to the gateway that waits for it, core NATS
@@ -126,6 +127,10 @@ def of_regions(what: str, regions: Iterable[str]) -> list[str]:
 
 def run_accepted(region: str, tenant: str, run_id: str) -> str:
     return f"nl.run.{region}.{tenant}.{run_id}.accepted"
+
+
+def run_order(region: str, tenant: str, run_id: str) -> str:
+    return f"nl.run.{region}.{tenant}.{run_id}.order"
 
 
 def run_open(region: str, tenant: str, run_id: str) -> str:

@@ -18,6 +18,7 @@ class MemoryRuns:
     def __init__(self, fail: Callable[[str], None] = lambda what: None) -> None:
         self._fail = fail
         self.records: dict[tuple[str, str], RunRecord] = {}
+        self.bodies: dict[tuple[str, str], bytes] = {}
         self.marks: dict[tuple[str, str], OpenRun] = {}
         self.journals: dict[tuple[str, str, str], list[bytes]] = {}
         self.values: dict[tuple[str, str, str], bytes] = {}
@@ -31,12 +32,17 @@ class MemoryRuns:
         key = (record.tenant, record.id)
         if key in self.records:
             return self.records[key], False
-        self.records[key] = record
+        self.records[key] = replace(record, body=b"")
+        self.bodies[key] = record.body
         self.marks[key] = OpenRun(record.id, record.tenant, record.region)
         return record, True
 
     async def find(self, tenant: str, run_id: str) -> RunRecord | None:
         return self.records.get((tenant, run_id))
+
+    async def body(self, record: RunRecord) -> RunRecord | None:
+        body = self.bodies.get((record.tenant, record.id))
+        return None if body is None else replace(record, body=body)
 
     async def mark(self, tenant: str, run_id: str) -> OpenRun | None:
         return self.marks.get((tenant, run_id))
@@ -52,6 +58,7 @@ class MemoryRuns:
         return moved
 
     async def close_run(self, tenant: str, run_id: str) -> None:
+        self.bodies.pop((tenant, run_id), None)
         self.marks.pop((tenant, run_id), None)
 
     async def send(self, record: RunRecord, region: str) -> None:

@@ -332,7 +332,7 @@ class Case:
         found: list[ClientRun] = []
 
         async def once() -> None:
-            found.append(await client.submit_run(*self._order(number), **self._options(number)))
+            found.append(await client.submit_run(*self.order(number), **self._options(number)))
 
         await self._insist(once)
         self._accepted(number, found[0])
@@ -353,14 +353,14 @@ class Case:
             await self.submit(client, number)
             await self.watch(client, number)
             return
-        async with aclosing(client.run(*self._order(number), **self._options(number))) as items:
+        async with aclosing(client.run(*self.order(number), **self._options(number))) as items:
             async for item in items:
                 if isinstance(item, ClientRun):
                     self._accepted(number, item)
                 elif isinstance(item, RunOutput):
                     self.outputs[number] = item.output
 
-    def _order(self, number: int) -> tuple[str, Any]:
+    def order(self, number: int) -> tuple[str, Any]:
         return PROGRAM.replace("TOOL", self.tool), {"run": f"{self.tenant}-{number}", "n": number}
 
     def _options(self, number: int) -> dict[str, Any]:
@@ -385,13 +385,16 @@ class Case:
         for name in names:
             await asyncio.wait_for(self.world.stack.wait_ready(name), 30)
 
-    async def kill(self, *names: str) -> None:
-        """SIGKILL to all of them at the same time, once they are ready; notes what was stored before."""
+    async def kill(self, *names: str, for_good: bool = False) -> None:
+        """SIGKILL to all of them at the same time, once they are ready; notes what was stored before. for_good: until somebody starts
+        them."""
         stack = self.world.stack
         await self.until_ready(*names)
         pids = {name: stack.part(name).pid for name in names}
         stored, at_s = await self.stored(), time.time()
         await asyncio.gather(*(stack.kill(name) for name in names))
+        if for_good:
+            await asyncio.gather(*(stack.part(name).stop() for name in names))
         assert all(pids.values())
         assert all(stack.part(name).pid != pid for name, pid in pids.items())
         self.kills.append(Kill(names, at_s, time.time(), frozenset(stored), self.admitted - len(self.ended_s)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from gateway import run_record
 from gateway.clock import Clock
-from gateway.errors import NearloopError, Unavailable
+from gateway.errors import NearloopError, Rejected, Unavailable
 from gateway.ports import GatewayBus, RunStore
 from gateway.program.problems import ProgramInvalid
 from gateway.run_types import OpenRun, Placement, RunOrder, RunRecord
@@ -115,12 +115,15 @@ class Keeper:
         try:
             if await self._store.waits(record, run.region):
                 return
-            if await self._bus.result(run.tenant, run.id) is None:  # it may have ended between the two looks
-                await self._store.send(record, run.region)
+            whole = await self._store.body(record)
+            if whole is not None and await self._bus.result(run.tenant, run.id) is None:  # it may have ended between the two looks
+                await self._store.send(whole, run.region)
                 self.counts["sent_again"] += 1
                 log.info("run %s: its token was sent to region %s again", run.id, run.region)
-        except NearloopError as error:
-            log.debug("run %s: region %s does not take it: %s", run.id, run.region, error.message)
+        except Rejected as error:
+            log.debug("run %s: region %s does not take it now: %s", run.id, run.region, error.message)
+        except Unavailable as error:
+            log.debug("run %s: region %s does not answer: %s", run.id, run.region, error.message)
             silent.add(run.region)
             await self._move(run, record, silent)
 
@@ -128,8 +131,11 @@ class Keeper:
         """One silent look is no proof: the region has to be silent in two sweeps."""
         if run.region == self._region or run.region not in self._silent or not record.may_move:
             return
+        whole = await self._store.body(record)
+        if whole is None:
+            return
         try:
-            placement = self._place(run_record.order_of(record), frozenset(silent | self._silent))
+            placement = self._place(run_record.order_of(whole), frozenset(silent | self._silent))
         except (ValueError, ProgramInvalid) as error:
             log.error("run %s cannot be read: %s", run.id, type(error).__name__)
             return
@@ -140,7 +146,7 @@ class Keeper:
             self.counts["moved"] += 1
             log.warning("run %s moves from region %s, which is silent, to %s", run.id, run.region, placement.region)
             try:
-                await self._store.send(record, placement.region)
+                await self._store.send(whole, placement.region)
             except NearloopError as error:
                 log.debug("run %s: its token follows later: %s", run.id, error.message)
 

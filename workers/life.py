@@ -12,7 +12,7 @@ from gateway import subjects
 from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep, Unavailable
-from gateway.ports import Executor, LeaseLost, WorkerBus
+from gateway.ports import Executor, LeaseLost, NotHere, WorkerBus
 from gateway.types import EventKind, Kind, Payload, Status, StepResult, Target
 from workers.events import EventBook, EventLog
 from workers.held import Held, Phase, Stop
@@ -96,6 +96,9 @@ class StepLife:
             result = None
             log.debug("step %s for %s goes back to its queue: %s", held.step.id, target.scope, error.message)
             await self.hand_back(held, backoff_s(held.attempt, self._random()))
+        except NotHere:
+            result = None
+            await self.hand_back(held, backoff_s(held.attempt, self._random()))
         except _HandBackError:
             await self.hand_back(held, 0.0)
         except LeaseLost:
@@ -159,7 +162,7 @@ class StepLife:
                 raise  # the loop ends
             if held.task is not None:
                 held.task.uncancel()
-        except LeaseLost:
+        except (LeaseLost, NotHere):
             raise
         except Exception as error:
             failure = error

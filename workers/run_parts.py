@@ -40,6 +40,7 @@ class RunParts(ProgramExecutor):
             random,
             check,
             lambda order: placer.savings(order, region),
+            may_run=lambda order: region in placer.allowed(order),
             is_strained=lambda: kernel.permits.is_strained(clock.now_s(), CALM_S),
         )
         self.keeper = Keeper(region, bus, self._runs, clock, random, placer.place, config.nats.ack_wait_s)

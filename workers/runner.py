@@ -15,7 +15,7 @@ from gateway.clock import Clock
 from gateway.config import Config
 from gateway.errors import InvalidStep
 from gateway.placing import NO_SAVINGS, Savings
-from gateway.ports import GatewayBus, RunJournal, RunStore, Work
+from gateway.ports import GatewayBus, NotHere, RunJournal, RunStore, Work
 from gateway.program import expressions
 from gateway.program.bounds import scopes
 from gateway.program.engine import Engine
@@ -62,7 +62,7 @@ class Programs:
 
 
 class ProgramExecutor:
-    """`region`: of this runner. is_strained(): its calls wait for permits or are refused, so there is no room for guesses."""
+    """`region`: of this runner. may_run(order): it may be executed in this region. is_strained(): its calls wait for permits or are refused, so there is no room for guesses."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class ProgramExecutor:
         savings: Callable[[RunOrder], Savings] = lambda order: NO_SAVINGS,
         *,
         is_strained: Callable[[], bool] = lambda: False,
+        may_run: Callable[[RunOrder], bool] = lambda order: True,
     ) -> None:
         self._config = config
         self._name = name
@@ -89,6 +90,7 @@ class ProgramExecutor:
         self._random = random
         self._check = check
         self._savings = savings
+        self._may_run = may_run
         self._programs = Programs()
         self._guess_budget = GuessBudget(is_strained)
 
@@ -115,10 +117,12 @@ class ProgramExecutor:
         return True
 
     async def execute(self, work: Work) -> Payload:
-        """Raises InvalidStep for what no gateway wrote, LeaseLost, and what RunExecution.go raises."""
+        """Raises InvalidStep for what no gateway wrote, LeaseLost, NotHere, and what RunExecution.go raises."""
         step = work.step
         order = self._order(work)
-        keep_s = max(0.0, step.deadline_s - self._clock.wall_s()) + self._config.nats.job_keep_s
+        if not self._may_run(order):  # its own region's runners are gone, and it must not leave
+            raise NotHere
+        keep_s = max(0.0, step.deadline_s - self._clock.wall_s()) + self._config.nats.result_keep_s
         journal = self._store.journal(work.queue_region, step.tenant, step.id, keep_s)
         hearing = asyncio.create_task(self._bus.hear(mark_of(step.id)), name="hear of a run's steps")
         try:

@@ -1,6 +1,7 @@
 """Runs in NATS: the record and its mark at the origin, the journal where the run is executed.
 
 nl.run.<origin>.<tenant>.<id>.accepted   the record, written once
+nl.run.<origin>.<tenant>.<id>.order      its body: program, input and options, until the run has ended
 nl.run.<origin>.<tenant>.<id>.open       the mark of a run without a result; its body says where it is placed now
 nl.run.<region>.<tenant>.<id>.journal    the journal, each entry written by compare-and-set on the last one
 $KV.nl-values.<tenant>.<id>.<hash>       a large value, in the region that executes the run
@@ -11,6 +12,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from gateway import subjects
 from gateway.clock import Clock
@@ -52,13 +55,14 @@ class NatsRunStore:
         mark = h.block(f"{first}{codec.H_TTL}: {math.ceil(left_s + _GRACE_S)}s\r\n")
 
         async def attempt(_: int) -> tuple[RunRecord, bool]:
-            """Both leave at once, the mark first: a mark without a record is taken away by a keeper, a record without one never shows."""
-            marked, stored = await asyncio.gather(
+            """All leave at once, the record last: what is there without it a keeper takes away, a record without a mark never shows."""
+            *others, stored = await asyncio.gather(
+                js.publish(subjects.run_order(origin, record.tenant, record.id), record.body, mark),
                 js.publish(subjects.run_open(origin, record.tenant, record.id), _mark(record.region, ()), mark),
-                js.publish(accepted, record.body, headers),
+                js.publish(accepted, b"", headers),
                 return_exceptions=True,
             )
-            for error in (marked, stored):
+            for error in (*others, stored):
                 if error is None or (isinstance(error, ApiError) and error.err_code in WRONG_LAST_SEQUENCE):
                     continue
                 if isinstance(error, ApiError) and error.err_code == STREAM_FULL:
@@ -78,6 +82,10 @@ class NatsRunStore:
     async def find(self, tenant: str, run_id: str) -> RunRecord | None:
         found = await self._last(run_id, subjects.run_accepted(subjects.job_region(run_id), tenant, run_id))
         return None if found is None else _record(found)
+
+    async def body(self, record: RunRecord) -> RunRecord | None:
+        found = await self._last(record.id, subjects.run_order(subjects.job_region(record.id), record.tenant, record.id))
+        return None if found is None else replace(record, body=found.data)
 
     async def mark(self, tenant: str, run_id: str) -> OpenRun | None:
         found = await self._last(run_id, subjects.run_open(subjects.job_region(run_id), tenant, run_id))
@@ -111,9 +119,9 @@ class NatsRunStore:
 
     async def close_run(self, tenant: str, run_id: str) -> None:
         origin = subjects.job_region(run_id)
-        body = {"filter": subjects.run_open(origin, tenant, run_id)}
         js = self._js_of(origin)
-        await until_answered("the end of a run", lambda _: js.api(f"STREAM.PURGE.{subjects.RUNS_STREAM}", body))
+        for subject in (subjects.run_order(origin, tenant, run_id), subjects.run_open(origin, tenant, run_id)):
+            await until_answered("the end of a run", partial(_purge, js, subject))
 
     # ---- tokens, where the run is placed ------------------------------------------------------------------------------------------
 
@@ -246,7 +254,11 @@ def _open(message: Message) -> OpenRun:
     return OpenRun(run_id, tenant, found["region"], tuple(found["left"]), message.sequence)
 
 
-_HEAD = ("deadline_s", "created_s", "region", "digest", "may_move", "keep_s", "traceparent", "tracestate")
+async def _purge(js: JetStream, subject: str, _: int) -> None:
+    await js.api(f"STREAM.PURGE.{subjects.RUNS_STREAM}", {"filter": subject})
+
+
+_HEAD = ("deadline_s", "created_s", "region", "program", "digest", "may_move", "keep_s", "traceparent", "tracestate")
 
 
 def _head(record: RunRecord) -> str:
@@ -256,4 +268,4 @@ def _head(record: RunRecord) -> str:
 def _record(message: Message) -> RunRecord:
     _, _, _, tenant, run_id, _ = message.subject.split(".")
     head = json.loads(h.unescape(h.parse(message.headers)[_H_RECORD]))
-    return RunRecord(id=run_id, tenant=tenant, lane=Lane(head.pop("lane")), body=message.data, **head)
+    return RunRecord(id=run_id, tenant=tenant, lane=Lane(head.pop("lane")), **head)

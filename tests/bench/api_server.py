@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 from contextlib import AsyncExitStack
+from typing import cast
 
 import uvloop
 
@@ -30,8 +31,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         self._data += data

@@ -138,6 +138,8 @@ class Bench:
     async def is_measured(self) -> bool:
         """The distance from every region to the API is known: nothing is near by assumption."""
         estimates = (await self.placed()).estimates
+        if self._options.verbose:
+            print(estimates, file=sys.stderr)
         return all(one.dead_time.ToMilliseconds() > 0 and not any("not known" in why for why in one.why) for one in estimates)
 
     async def at_the_api(self, url: str) -> float:
@@ -277,6 +279,7 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
             regions=(HOME, FAR),
             wan={FAR: options.wan_ms / 1000},
             extra=home_workers(folder, lambda: stack, near, far),
+            on_line=lambda line: print(line, file=sys.stderr) if options.verbose else None,
         )
         async with stack, aiohttp.ClientSession() as session:
             client = Client(stack.gateway_address)
@@ -298,6 +301,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, help="repetitions of (a) and (b) (20)")
     parser.add_argument("--runs", type=int, help="repetitions of (c) (100)")
     parser.add_argument("--rounds", type=int, help="repetitions of (d) (10)")
+    parser.add_argument("--verbose", action="store_true", help="what the parts of the stack say, on stderr")
     parser.add_argument("--json", type=Path, help="write everything there", metavar="FILE")
     options = parser.parse_args()
     options.times = options.times or (3 if options.quick else 20)
