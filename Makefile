@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check bench bench-overload bench-batching lab soak proto lock clean
+.PHONY: help demo test chaos check bench bench-overload bench-batching bench-durable bench-loop bench-regions lab soak proto lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -45,6 +45,15 @@ bench-overload: $(READY) ## the defaults under .5 to 10 times the capacity, elep
 
 bench-batching: $(READY) ## batches made by the worker beside Triton's batcher with the best delay for each load; ARGS='--quick'
 	@$(BIN)/python -m tests.bench.batching $(ARGS)
+
+bench-durable: $(READY) ## what it costs that each step of a run survives everything; ARGS='--quick'
+	@$(BIN)/python -m tests.bench.durable $(ARGS)
+
+bench-loop: $(READY) ## 64 agents that think in Triton and wait for a tool, beside clients that block on each call; ARGS='--quick'
+	@$(BIN)/python -m tests.bench.loop $(ARGS)
+
+bench-regions: $(READY) ## ten dependent calls of a far API: by the client, by Execute, as a run, as fifty runs; ARGS='--quick'
+	@$(BIN)/python -m tests.bench.regions $(ARGS)
 
 lab: $(READY) ## every policy against its oracle, simulated; ARGS="A1 --policy my_module:MyPolicy"
 	@$(BIN)/python -m tests.lab $(ARGS)

@@ -179,6 +179,8 @@ def config_check(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> 
 
 def main() -> None:
     """The console script."""
+    # Before gRPC is imported: uvloop forks, and gRPC's handlers of forks now and then crash a child that never uses gRPC before its exec.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app(prog_name="nearloop")
     except KeyboardInterrupt:

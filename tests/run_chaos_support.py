@@ -47,6 +47,7 @@ name = "iad"
 
 [nats]
 ack_wait_s = 2.0
+publish_timeout_s = 2.0
 
 [worker]
 heartbeat_s = 0.5

@@ -39,6 +39,7 @@ async def world() -> AsyncIterator[World]:
                 Streams(dict(stack.nats_urls)) as streams,
             ):
                 yield World(stack, ledger, streams)
+                import shutil; shutil.copytree(stack.state_dir / "logs", "/tmp/exp/rglogs", dirs_exist_ok=True)  # DEBUG
 
 
 async def until_placed(case: Case, region: str, within_s: float) -> None:

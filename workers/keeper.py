@@ -24,6 +24,7 @@ from gateway.runs import expired
 log = logging.getLogger("nearloop.keeper")
 
 SWEEP_S = 2.0
+AGAIN_S = 0.5  # until the second look at a region that did not answer
 YOUNG_S = 3.0  # a run's own gateway takes care of it first
 LONGEST_PAUSE_S = 60.0  # between two looks at a run that is well; one run of each region is looked at in every sweep
 MOST_AT_ONCE = 16
@@ -56,7 +57,7 @@ class Keeper:
     async def keep(self) -> None:
         """For ever."""
         while True:
-            await asyncio.sleep(SWEEP_S * (0.75 + self._random() / 2))
+            await asyncio.sleep((AGAIN_S if self._silent else SWEEP_S) * (0.75 + self._random() / 2))
             try:
                 await self.sweep()
             except Unavailable as error:

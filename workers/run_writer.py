@@ -13,6 +13,7 @@ from gateway.run_journal import Large
 from gateway.types import Step
 
 LARGE_BYTES = 64 * 1024  # an output above it is kept apart from the journal
+MOST_EVENTS = 8  # in an entry: with LARGE_BYTES each it fits into the megabyte that a NATS server takes by default
 AGAIN_FIRST_S = 0.1
 AGAIN_MOST_S = 2.0
 
@@ -59,7 +60,7 @@ class JournalWriter:
 
     async def _write_all(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting = self._waiting[:MOST_EVENTS], self._waiting[MOST_EVENTS:]
             try:
                 await self._store_entry([event for event, _ in batch])
             except Exception as error:

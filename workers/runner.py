@@ -62,7 +62,8 @@ class Programs:
 
 
 class ProgramExecutor:
-    """`region`: of this runner. may_run(order): it may be executed in this region. is_strained(): its calls wait for permits or are refused, so there is no room for guesses."""
+    """`region`: of this runner. may_run(order): it may be executed in this region.
+    is_strained(): its calls wait for permits or are refused, so there is no room for guesses."""
 
     def __init__(
         self,

@@ -101,11 +101,15 @@ class Dispatcher:
         pending, fresh = self._wait(step, region)
         if fresh:
             now_s = self._clock.now_s()
-            pending.give_up_s = now_s + _TRIES * self._timeout_s
+            pending.give_up_s = now_s + self._patience_s(region)
             self.counters["dispatched"] += 1
             self._publish.gather(len(self._pending) >= _BUSY_FROM)
             self._send(pending, now_s)
         return pending.future
+
+    def _patience_s(self, region: str) -> float:
+        """Another region may have fallen silent for long, and somebody else may execute the step meanwhile."""
+        return self._timeout_s if region not in self._sites.own_regions else _TRIES * self._timeout_s
 
     def resume(self, step: Step, region: str) -> "asyncio.Future[StepResult]":
         """Waits for a step that is in its queue already. It is looked for soon, since another gateway may be told of its result."""
@@ -240,7 +244,7 @@ class Dispatcher:
             if pending.step.deadline_s <= wall_s:
                 continue  # nobody starts it any more; it expires in a moment
             if pending.give_up_s <= now_s:
-                self._fail(pending, Unavailable(f"NATS did not confirm the step within {_TRIES * self._timeout_s:g} s"))
+                self._fail(pending, Unavailable(f"NATS did not confirm the step within {self._patience_s(pending.region):g} s"))
             else:
                 self.counters["resent"] += 1
                 self._send(pending, now_s)
@@ -267,7 +271,7 @@ class Dispatcher:
                 result = await self._read(pending)
                 if result is None and not pending.future.done():
                     self.counters["resent"] += 1
-                    pending.give_up_s = self._clock.now_s() + _TRIES * self._timeout_s
+                    pending.give_up_s = self._clock.now_s() + self._patience_s(pending.region)
                     self._send(pending, self._clock.now_s())
             if result is not None:
                 self.counters["recovered"] += 1

@@ -125,7 +125,8 @@ def streams(config: Config, region: str) -> list[dict[str, Any]]:
         _bucket(subjects.REGIONS_BUCKET, nats.replicas, round_trips.KEEP_S, followed=True),
         _bucket(subjects.POLICY_BUCKET, nats.replicas, allow_msg_ttl=True),  # the status keys of processes that are gone end
         _bucket(subjects.HANDBACKS_BUCKET, nats.replicas, allow_msg_ttl=True),  # each entry lives as long as its step
-        _bucket(subjects.VALUES_BUCKET, nats.replicas, allow_msg_ttl=True, max_bytes=nats.max_queue_bytes),  # each entry lives as long as its run
+        # Each entry lives as long as the journal that refers to it.
+        _bucket(subjects.VALUES_BUCKET, nats.replicas, allow_msg_ttl=True, max_bytes=nats.max_queue_bytes),
     ]
 
 

@@ -27,7 +27,20 @@ from gateway.up import Stack
 from nearloop.v1 import gateway_pb2 as pb
 from tests.bench.open_loop import percentile
 from tests.bench.parts import BenchError, Parts
-from tests.bench.run_client import Client, Closed, SeenRun, Verdict, closed, failures, middle, progress, say_machine, start_on_port, until
+from tests.bench.run_client import (
+    Client,
+    Closed,
+    Others,
+    SeenRun,
+    Verdict,
+    closed,
+    failures,
+    middle,
+    progress,
+    say_machine,
+    start_on_port,
+    until,
+)
 
 STEPS = 3
 TARGET_MS = 5.0
@@ -160,14 +173,16 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
                     f"run of {STEPS}": lambda: client.run(whole),
                 }
                 bench = Bench(options, contestants)
+                others = Others()
                 await bench.play()
+                noise = others.line()
             finally:
                 await client.close()
                 await floor.close()
     bench.table()
     added = {in_flight: bench.step(in_flight) for in_flight in (1, options.in_flight)}
     bench.stages()
-    print()
+    print(f"\n{noise}")
     print(Verdict("p50 of what a durable step adds to a run, alone", added[1], TARGET_MS, True, "ms").line())
     if options.json:
         options.json.write_text(json.dumps({"machine": about, "measured": bench.record()}, indent=1))

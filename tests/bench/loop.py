@@ -9,8 +9,10 @@ once, and no batcher of Triton's: the worker makes its batches, with the default
     64 blocking clients   the client's side has a thread of control for every agent, and drives each call by Execute
     64 runs               the loops run in Nearloop; while one waits for its tool, the model thinks for others
 
-The busy share is Triton's own account: time of executions (compute_infer of batch_stats, which counts a batch once) over wall time. Work
-is queued when more agents wait for the model than fit into an execution; how often that was so is counted at the client from events.
+The busy share is Triton's own account: time of executions (compute_infer of batch_stats, which counts a batch once) over wall time. A
+model that thinks for one agent at a time is busy as well, so `of full` says how much it did of what executions of 16 rows, one after the
+other, could do. Work is queued when more agents wait for the model than fit into an execution; how often that was so is counted at the
+client from events.
 """
 
 import argparse
@@ -28,15 +30,17 @@ from typing import Any
 import uvloop
 from tritonclient.grpc.aio import InferenceServerClient
 
+from gateway.client import NearloopClient
 from gateway.config import Config, parse
 from gateway.program.agent import PROTOCOL
 from gateway.up import Stack
 from nearloop.v1 import gateway_pb2 as pb
 from tests.bench.parts import ROOT, BenchError
-from tests.bench.run_client import Client, Closed, SeenRun, Verdict, closed, failures, middle, now_s, progress, say_machine, until
+from tests.bench.run_client import Client, Closed, Others, SeenRun, Verdict, closed, failures, middle, now_s, progress, say_machine, until
 
 MODEL, TOOL = "agent", "linger"
-INSTANCES, ROWS = 1, 16  # as in models/agent/config.pbtxt
+INSTANCES, ROWS, FIXED_MS, EACH_MS = 1, 16, 40.0, 2.0  # as in models/agent/config.pbtxt
+FULL_PER_S = INSTANCES * ROWS * 1000 / (FIXED_MS + EACH_MS * ROWS)
 WORKERS = [("infer", "home"), ("tool", "home"), ("run", "home")]
 TARGET = 0.9
 SAMPLE_EVERY_S = 0.02
@@ -65,9 +69,10 @@ class Phase:
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace, client: Client, triton: InferenceServerClient) -> None:
+    def __init__(self, options: argparse.Namespace, client: Client, steps: NearloopClient, triton: InferenceServerClient) -> None:
         self._options = options
         self._client = client
+        self._steps = steps
         self._triton = triton
         self._thinking = 0
         self.program = program(options)
@@ -110,17 +115,17 @@ class Bench:
         return Phase(title, busy, rows / max(1, executions), rows / seconds, loops.result(), waiting)
 
     async def drive(self) -> None:
-        """A loop as its client drives it, one call after the other."""
+        """A loop as its client drives it, one call after the other. What is refused is tried again, as Nearloop's own client does."""
         messages: list[Any] = [first_message(self._options)]
         tools = [{"name": TOOL, "description": "takes a while"}]
         while True:
             asked = {"protocol": PROTOCOL, "messages": messages, "tools": tools, "remaining": {"iterations": 10, "tokens": 1000}}
-            thought = await self._client.execute(pb.KIND_INFER, MODEL, asked)
+            thought = (await self._steps.execute("infer", MODEL, asked)).json
             if "answer" in thought:
                 return
             messages.append({"role": "assistant", "calls": thought["calls"]})
             for call in thought["calls"]:
-                output = await self._client.execute(pb.KIND_TOOL, call["tool"], call["input"])
+                output = (await self._steps.execute("tool", call["tool"], call["input"])).json
                 messages.append({"role": "tool", "call": call["id"], "tool": call["tool"], "output": output})
 
     async def run(self) -> SeenRun:
@@ -160,11 +165,10 @@ def configuration(folder: Path) -> Config:
 
 def line(phase: Phase, base: Phase) -> str:
     loops, rate = phase.loops, phase.loops.per_s
-    queued = "" if phase.queued is None else f"{phase.queued:>8.0%}"
-    return (
-        f"{phase.title:<22}{phase.busy:>8.1%}{phase.rows_each:>10.1f}{phase.rows_per_s:>9.0f}{rate:>10.2f}{rate / base.loops.per_s:>9.1f}x"
-        f"{loops.ms(0.5):>10.0f}{loops.ms(0.99):>9.0f}{queued:>8}{failures(loops)}"
-    )
+    model = f"{phase.busy:>8.1%}{phase.rows_each:>10.1f}{phase.rows_per_s:>9.0f}{phase.rows_per_s / FULL_PER_S:>9.0%}"
+    queued = "" if phase.queued is None else f"{phase.queued:.0%}"
+    beside = f"{rate:>10.2f}{rate / base.loops.per_s:>9.1f}x"
+    return f"{phase.title:<22}{model}{beside}{loops.ms(0.5):>10.0f}{loops.ms(0.99):>9.0f}{queued:>8}{failures(loops)}"
 
 
 def stages(runs: list[SeenRun], calls: int) -> None:
@@ -182,16 +186,26 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
     shutil.copytree(Path(__file__).parent / "models" / MODEL, folder / MODEL, ignore=shutil.ignore_patterns("__pycache__"))
     os.environ["PYTHONPATH"] = str(ROOT)  # for the tool worker, which imports the tool from this package
     async with Stack(configuration(folder), workers=WORKERS) as stack:
-        client, triton = Client(stack.gateway_address), InferenceServerClient(stack.config.triton.addresses[0])
+        client, steps = Client(stack.gateway_address), NearloopClient(stack.gateway_address)
+        triton = InferenceServerClient(stack.config.triton.addresses[0])
         try:
-            bench = Bench(options, client, triton)
+            bench = Bench(options, client, steps, triton)
 
             async def ends() -> bool:
                 return len((await bench.run()).steps) == 2 * options.calls + 1
 
             await until(ends, "a first run")
             phases = []
-            columns = (("busy", 8), ("rows each", 10), ("rows/s", 9), ("loops/s", 10), ("beside", 10), ("p50 ms", 10), ("p99 ms", 9))
+            columns = (
+                ("busy", 8),
+                ("rows each", 10),
+                ("rows/s", 9),
+                ("of full", 9),
+                ("loops/s", 10),
+                ("beside", 10),
+                ("p50 ms", 10),
+                ("p99 ms", 9),
+            )
             print(f"\n{'':<22}{''.join(f'{title:>{width}}' for title, width in columns)}{'queued':>8}", flush=True)
             many = options.agents
             plans = [
@@ -200,16 +214,19 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
                 (f"{many} blocking clients", bench.drive, many),
                 (f"{many} runs", bench.run, many),
             ]
+            others = Others()
             for title, once, at_once in plans:
                 phases.append(await bench.phase(title, once, at_once, count_queue=once == bench.run))
                 progress()
                 print(line(phases[-1], phases[0]), flush=True)
+            noise = others.line()
         finally:
             await client.close()
+            await steps.close()
             await triton.close()
     base, runs = phases[0], phases[-1]
     stages(runs.loops.results, options.calls)
-    print()
+    print(f"\n{noise}")
     print(Verdict("Triton busy while work is queued, %", 100 * runs.busy, 100 * TARGET, False, "%").line())
     print(f"loops a second, runs / one blocking worker for each instance: {runs.loops.per_s / base.loops.per_s:.1f}")
     if options.json:

@@ -34,7 +34,7 @@ from gateway.up import Stack
 from nearloop.v1 import gateway_pb2 as pb
 from tests.bench.open_loop import percentile
 from tests.bench.parts import BenchError, Parts, wait_for_port
-from tests.bench.run_client import Client, SeenRun, Verdict, middle, now_s, progress, say_machine, start_on_port, until
+from tests.bench.run_client import Client, Others, SeenRun, Verdict, middle, now_s, progress, say_machine, start_on_port, until
 
 HOME, FAR = "home", "iad"
 CALLS, ALLOWANCE_MS, SPREAD = 10, 15.0, 1.5
@@ -216,6 +216,7 @@ def say_stages(runs: list[SeenRun], wide_s: float, api_s: float) -> list[tuple[s
 
 
 async def measure(bench: Bench, options: argparse.Namespace, near: str, far: str) -> dict[str, Any]:
+    others = Others()
     progress("waiting until the regions have measured how far everything is")
     await until(bench.is_measured, "the regions have measured their distances", within_s=60.0)
     progress()
@@ -253,8 +254,9 @@ async def measure(bench: Bench, options: argparse.Namespace, near: str, far: str
     regions = [seen.region for seen in (*runs, *crowded)]
     print(f"\nruns executed in {FAR}: {regions.count(FAR)} of {len(regions)}")
     stages = say_stages(runs, wide_s, api_s)
+    print(f"\n{others.line()}")
     limit_s = wide_s + CALLS * api_s + ALLOWANCE_MS / 1000
-    print(f"\nto reach: {ms(wide_s):.1f} + {CALLS} x {ms(api_s):.2f} + {ALLOWANCE_MS:g} = {ms(limit_s):.1f} ms")
+    print(f"to reach: {ms(wide_s):.1f} + {CALLS} x {ms(api_s):.2f} + {ALLOWANCE_MS:g} = {ms(limit_s):.1f} ms")
     c_s = middle(alone)
     print(Verdict("(c) one run, p50", ms(c_s), ms(limit_s), True, "ms").line())
     print(Verdict(f"(d) {options.at_once} runs at once, p99 / p50 of (c)", percentile(crowd, 0.99) / c_s, SPREAD, True).line())

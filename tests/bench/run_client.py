@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +11,22 @@ from time import perf_counter as now_s  # the loop's own clock counts millisecon
 from typing import Any, Generic, TypeVar
 
 import grpc
+import psutil
 
 from gateway.addresses import free_port
+from gateway.errors import NearloopError
 from nearloop.v1 import gateway_pb2 as pb
 from nearloop.v1 import gateway_pb2_grpc as pb_grpc
 from tests.bench import machine
 from tests.bench.open_loop import percentile
 from tests.bench.parts import BenchError, Part, Parts, wait_for_port
+from tests.bench.report import NOISE
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
 READY_S = 30.0
 LOOK_EVERY_S = 0.25
+_NUMBER = re.compile(r"[\d.]+")
 
 
 # ---- one after the other, or many at once ----------------------------------------------------------------------------------------
@@ -55,9 +60,10 @@ async def closed(once: Callable[[], Awaitable[T]], in_flight: int, warmup_s: flo
         while (began_s := now_s()) < end_s:
             try:
                 result = await once()
-            except grpc.aio.AioRpcError as error:
-                text = f"{error.code().name}: {error.details()}"
-                found.failed[text] = found.failed.get(text, 0) + 1
+            except (grpc.aio.AioRpcError, NearloopError) as error:
+                code, text = (error.code, error.message) if isinstance(error, NearloopError) else (error.code().name, error.details())
+                said = f"{code}: {_NUMBER.sub('#', text or '')}"
+                found.failed[said] = found.failed.get(said, 0) + 1
                 await asyncio.sleep(0.05)
                 continue
             ended_s = now_s()
@@ -175,6 +181,33 @@ class Verdict:
         return f"{self.what:<70}{self.value:>9.2f} {self.unit:<3}target {sign} {self.target:<8.4g}{'reached' if reached else 'MISSED'}"
 
 
+class Others:
+    """What other programs, the kernel and the hypervisor take of the cores from now on."""
+
+    def __init__(self) -> None:
+        self._began = now_s(), machine.busy_s(), self._own_s()
+
+    @staticmethod
+    def _own_s() -> float:
+        """Processor time of this process and of all that it started and that is still there."""
+        root = psutil.Process()
+        total = 0.0
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
+    def line(self) -> str:
+        began_s, busy_s, own_s = self._began
+        capacity_s = (now_s() - began_s) * machine.cores()
+        share = max(0.0, machine.busy_s() - busy_s - (self._own_s() - own_s)) / capacity_s
+        warning = ": too much to compare by" if share > NOISE else ""
+        return f"other programs took {share:.0%} of the cores meanwhile{warning}"
+
+
 def progress(text: str = "") -> None:
     """One line that the next one replaces, for a person who watches; empty at the end."""
     if sys.stderr.isatty():
@@ -182,7 +215,11 @@ def progress(text: str = "") -> None:
 
 
 def failures(found: Closed[Any]) -> str:
-    return "".join(f"   {count} failed: {text}" for text, count in found.failed.items())
+    """How many calls failed, and of what most of them did."""
+    if not found.failed:
+        return ""
+    text, count = max(found.failed.items(), key=lambda one: one[1])
+    return f"   {sum(found.failed.values())} failed, {count} of them {text}"
 
 
 def middle(values: Sequence[float]) -> float:
