@@ -258,6 +258,8 @@ class Kernel:
             if any(endpoint.workers for endpoint in candidates):
                 self._routes[scope] = (now_s, candidates)
         live = [replace(endpoint, inflight=self._sent[scope, endpoint.region]) for endpoint in candidates if endpoint.workers]
+        if within := passage.step.regions:
+            live = [endpoint for endpoint in live if endpoint.region in within]
         chosen = routing.choose(self._routing, live, flow, now_s, self.contain)
         if chosen is None and live:
             message = f"the routing policies rule out every region that serves {scope} now"

@@ -61,6 +61,7 @@ H_KEY = "Nl-Idempotency-Key"
 H_REPLY = "Nl-Reply"  # subject that waits for the result
 H_STREAM = "Nl-Stream"  # "1": publish tokens as they come
 H_CLIENT_REGION = "Nl-Client-Region"
+H_REGIONS = "Nl-Regions"  # in which the step may be executed, with commas between; left out for all
 H_DIGEST = "Nl-Digest"  # of a job's kind, target and input
 H_TRACEPARENT = "traceparent"
 H_TRACESTATE = "tracestate"

@@ -57,7 +57,8 @@ class Payload:
 class Step:
     """One unit of agent work as the kernel sees it: checked, with its tenant, not yet decided about.
 
-    deadline_s is wall-clock time (seconds since 1970, UTC), since it travels between machines.
+    deadline_s is wall-clock time (seconds since 1970, UTC), since it travels between machines. regions: in which it may be executed; empty
+    for all that its target allows.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Step:
     stream: bool = False
     traceparent: str = ""
     tracestate: str = ""
+    regions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from nats_process import NatsProcess
+
+# gRPC's own handling of fork crashes a child of a process that runs uvloop before its exec, once in a while.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 @pytest.fixture(scope="session")

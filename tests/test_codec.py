@@ -35,6 +35,7 @@ steps = st.builds(
     stream=st.booleans(),
     traceparent=printable,
     tracestate=printable,
+    regions=st.lists(ids, max_size=3, unique=True).map(tuple),
 )
 results = st.builds(
     StepResult,

@@ -157,6 +157,15 @@ async def test_a_live_worker_elsewhere_is_used() -> None:
         await running
 
 
+async def test_a_step_goes_to_none_but_the_regions_that_it_names() -> None:
+    async with world({"use": "nearest_region"}, worker_region="iad") as w:
+        with pytest.raises(Unavailable, match="no worker serves"):
+            await w.kernel.execute(w.step(regions=("home",)))
+        running = asyncio.create_task(w.kernel.execute(w.step(id="s2", regions=("home", "iad"))))
+        await w.worker.end(await w.worker.deliveries.get())
+        await running
+
+
 async def test_the_limit_queues_then_refuses_and_lets_the_next_one_in() -> None:
     async with world({"use": "fixed_limit", "limit": 1}, {"use": "bounded_wait", "max_waiting": 1}) as w:
         first = asyncio.create_task(w.kernel.execute(w.step(id="s1")))

@@ -347,6 +347,12 @@ async def test_a_delivery_for_a_closed_queue_is_counted_as_handed_back(make: Mak
     assert rig.bus.broker.hand_backs == {("home", "acme", "s1"): 1}
 
 
+async def test_a_step_of_other_regions_goes_back(make: Make) -> None:
+    rig = await make()
+    assert await rig.ended(rig.bus.put(step("s1", regions=("iad",)))) == "nak"
+    assert await rig.ended(rig.bus.put(step("s2", regions=("iad", "home")))) == "ack"
+
+
 async def test_a_step_comes_back_no_later_than_its_deadline(make: Make) -> None:
     rig = await make()
     rig.executor.is_ready = False

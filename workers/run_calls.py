@@ -87,6 +87,8 @@ class RunCalls:
         self._random = random
         self._check = check
         self._sleep = sleep
+        limits = [set(some) for some in (order.regions, order.program.regions) if some]
+        self._within = tuple(sorted(set.intersection(*limits))) if limits else ()  # what the run must not leave, its steps must not either
         self._steps: dict[str, Step] = {}  # that were asked for and have no outcome, by key
 
     def started(self, start: StartCall) -> StepStarted:
@@ -167,6 +169,7 @@ class RunCalls:
             client_region=self._region,
             traceparent=order.traceparent,
             tracestate=order.tracestate,
+            regions=self._within,
         )
 
     async def _asked(self, step: Step, again: bool, on_event: Callable[[StepEvent], None] | None) -> StepCompleted:

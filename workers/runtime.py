@@ -137,7 +137,8 @@ class WorkerRuntime:
         if twin is not None and twin.phase is not Phase.ENDING:
             twin.delivery = delivery  # its hold ran out while we were busy with it: go on, with the newer delivery
             return
-        if self._draining or not lanes.is_open:
+        # A step that must not be executed in this region was taken from another one's queue: there is no free worker there now.
+        if self._draining or not lanes.is_open or (held.step.regions and self.region not in held.step.regions):
             self._hand_back_soon(held)
             return
         self._held[held.key] = held

@@ -33,6 +33,8 @@ def _step_fields(step: Step) -> str:
         fields.append(f"{s.H_KEY}: {escape(step.idempotency_key)}\r\n")
     if step.client_region:
         fields.append(f"{s.H_CLIENT_REGION}: {escape(step.client_region)}\r\n")
+    if step.regions:
+        fields.append(f"{s.H_REGIONS}: {','.join(step.regions)}\r\n")
     if step.stream:
         fields.append(f"{s.H_STREAM}: 1\r\n")
     if step.traceparent:
@@ -67,6 +69,7 @@ def _step(step_id: str, kind: str, target: str, lane: str, found: Mapping[str, s
         stream=found.get(s.H_STREAM) == "1",
         traceparent=found.get(s.H_TRACEPARENT, ""),
         tracestate=found.get(s.H_TRACESTATE, ""),
+        regions=tuple(found[s.H_REGIONS].split(",")) if s.H_REGIONS in found else (),
     )
 
 
