@@ -418,8 +418,8 @@ class Case:
 
     # ---- checks ----
 
-    async def check_ended_once(self) -> list[ClientRun]:
-        """Every run is done with the right output, told by each gateway, and has one stored result."""
+    async def check_ended_once(self) -> dict[int, ClientRun]:
+        """Every run is done with the right output, told by each gateway, and has one stored result. Returns the runs by their number."""
         assert len(set(self.ids.values())) == self.count == len(self.outputs)
         assert self.outputs == {number: expected_output(number) for number in range(self.count)}
         await self.until_ready(*self.world.stack.part_names)
@@ -433,7 +433,7 @@ class Case:
         results = await self.world.streams.subjects("NL_RESULTS", f"nl.result.*.{self.tenant}.*")
         of_runs = {subject: count for subject, count in results.items() if subjects.job_region(subject.rpartition(".")[2])}
         assert of_runs == {subjects.result(subjects.job_region(one), self.tenant, one): 1 for one in self.ids.values()}
-        return told
+        return dict(zip(self.ids, told, strict=True))
 
     async def check_ledger(self, *, moved: Collection[str] = ()) -> int:
         """Every step had its effect, under one key, and a step whose outcome was stored was not called again. Returns how many calls were

@@ -188,9 +188,12 @@ class RunCalls:
                 if error.reason not in _NOT_STORED:
                     again, unknown = True, error
                 hint_s, last = 0.0, unknown or error
-            wait_s = max(hint_s, pause_s) * (0.5 + self._random() / 2)
-            if self._clock.wall_s() + wait_s >= step.deadline_s:
+            jitter, left_s = 0.5 + self._random() / 2, step.deadline_s - self._clock.wall_s()
+            if pause_s * jitter >= left_s:
                 raise last
+            wait_s = max(hint_s, pause_s) * jitter
+            if wait_s >= left_s:  # a hint is an estimate, made perhaps while nothing moved: no reason to give up now
+                wait_s = pause_s * jitter
             await self._sleep(wait_s)
             pause_s = min(2 * pause_s, RETRY_MOST_S)
 

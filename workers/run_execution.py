@@ -182,7 +182,7 @@ class RunExecution:
         if not self._is_waiting():
             self._waited_us += int((self._clock.now_s() - self._waiting_since_s) * 1e6)
         written = self._writer.write(told)
-        if not certain:
+        if not certain or self._writer.is_late:
             await written
         if self._writer.failure is not None:
             raise self._writer.failure

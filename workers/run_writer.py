@@ -16,6 +16,7 @@ LARGE_BYTES = 64 * 1024  # an output above it is kept apart from the journal
 MOST_EVENTS = 8  # in an entry: with LARGE_BYTES each it fits into the megabyte that a NATS server takes by default
 AGAIN_FIRST_S = 0.1
 AGAIN_MOST_S = 2.0
+LATE_S = 1.0
 
 
 class JournalWriter:
@@ -41,6 +42,7 @@ class JournalWriter:
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self._waiting: list[tuple[Event, asyncio.Future[None]]] = []
         self._task: asyncio.Task[None] | None = None
+        self._begun_s = 0.0  # when the writing of the entry that is on its way began
         self.failure: BaseException | None = None
 
     async def fence(self) -> None:
@@ -58,9 +60,15 @@ class JournalWriter:
             self._task = asyncio.create_task(self._write_all(), name="write a run's journal")
         return done
 
+    @property
+    def is_late(self) -> bool:
+        """Nothing could be stored for long: perhaps this runner is cut off, and another one has the run."""
+        return bool(self._task and not self._task.done() and self._begun_s and self._clock.now_s() - self._begun_s > LATE_S)
+
     async def _write_all(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[:MOST_EVENTS], self._waiting[MOST_EVENTS:]
+            self._begun_s = self._clock.now_s()
             try:
                 await self._store_entry([event for event, _ in batch])
             except Exception as error:

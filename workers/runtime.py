@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from gateway.clock import Clock, SystemClock
 from gateway.config import Config
 from gateway.errors import NearloopError, Unavailable
-from gateway.ports import Delivery, Executor, Subscription, WorkerBus
+from gateway.ports import Delivery, Executor, Queue, Subscription, WorkerBus
 from gateway.types import BatchCost, Kind, StepResult, Target, WorkerInfo
 from workers.held import Held, Phase, Stop
 from workers.lanes import Lane, TargetLanes
@@ -27,7 +27,8 @@ LOOK_S = 0.25  # how often readiness and the executor's targets are looked at
 class WorkerRuntime:
     """`start`, then `drain` and `close`. `observe(held, result)` hears how each step ended here, None when it went back.
 
-    `batch_costs()` is what was learnt about the batches of targets, by scope, for the heartbeat.
+    `batch_costs()` is what was learnt about the batches of targets, by scope, for the heartbeat; is_taken_care_of(queue): see
+    `ServedTargets`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class WorkerRuntime:
         random_source: Callable[[], float] = random.random,
         observe: Callable[[Held, StepResult | None], None] | None = None,
         batch_costs: Callable[[], Mapping[str, BatchCost]] = dict,
+        is_taken_care_of: Callable[[Queue], bool] = lambda queue: False,
     ) -> None:
         self.kind = kind
         self.region = region
@@ -65,7 +67,7 @@ class WorkerRuntime:
             self._on_end,
         )
         self._served = ServedTargets(
-            config, region, bus, executor, self._clock, random_source, self._begin, self._on_delivery, self._hand_back
+            config, region, bus, executor, self._clock, random_source, self._begin, self._on_delivery, self._hand_back, is_taken_care_of
         )
         self._held: dict[tuple[str, str], Held] = {}
         self._to_ask: set[TargetLanes] = set()

@@ -29,7 +29,7 @@ from gateway.errors import ConfigError, NearloopError
 from gateway.kernel import Kernel
 from gateway.live_policies import LivePolicies
 from gateway.policy import Slot
-from gateway.ports import Executor
+from gateway.ports import Executor, Queue
 from gateway.serve import default_name, log_fault, tune_collector
 from gateway.types import Kind, StepResult
 from workers.batching import Batching
@@ -179,7 +179,28 @@ async def run_worker(
     live = LivePolicies(policies, look_again)
     bucket = PolicyBucket(bus.js, name, live.change)
     learnt = batching.learnt if batching is not None else dict
-    runtime = WorkerRuntime(config, kind, region, name, bus, executor, clock=clock, observe=observe, batch_costs=learnt)
+
+    def has_runners(queue: Queue) -> bool:
+        """A run goes to a runner far away only when its region has none: that one could be cut off from the run's journal."""
+        scope = f"{queue.kind.value}.{queue.target}"
+        return any(
+            worker.region == queue.region and scope in worker.targets and not worker.draining
+            for one in inner
+            for worker in one.bus.workers()
+        )
+
+    runtime = WorkerRuntime(
+        config,
+        kind,
+        region,
+        name,
+        bus,
+        executor,
+        clock=clock,
+        observe=observe,
+        batch_costs=learnt,
+        is_taken_care_of=has_runners if kind is Kind.RUN else lambda queue: False,
+    )
     measuring: Measuring | None = None
     if stop is None:
         _drain_on_signals(stopping, runtime)

@@ -23,7 +23,8 @@ class ServedTargets:
     """Announces targets, opens the queues of those that are ready, closes those of the others.
 
     `begin(held)` starts a step; `on_delivery(lanes, lane, delivery)` gets what comes, `hand_back(held)` what came
-    and had not started when its queue was closed.
+    and had not started when its queue was closed. is_taken_care_of(queue): of another region, whose own workers serve it now, so
+    that it stays closed here.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ServedTargets:
         begin: Callable[[Held], None],
         on_delivery: Callable[[TargetLanes, Lane, Delivery], None],
         hand_back: Callable[[Held], None],
+        is_taken_care_of: Callable[[Queue], bool] = lambda queue: False,
     ) -> None:
         self._config = config
         self._region = region
@@ -47,6 +49,7 @@ class ServedTargets:
         self._begin = begin
         self._on_delivery = on_delivery
         self._hand_back = hand_back
+        self._is_taken_care_of = is_taken_care_of
         self._pauses: dict[str, tuple[int, float]] = {}  # target: refusals in a row, not before this time
         self.announced: tuple[Target, ...] = ()
         self.targets: dict[str, Target] = {}  # also those that the executor no longer offers: their steps may still run
@@ -112,7 +115,11 @@ class ServedTargets:
 
     async def _open(self, lanes: TargetLanes) -> None:
         for lane in lanes.lanes:
-            if lane.puller is None:
+            if lane.queue.region != self._region and self._is_taken_care_of(lane.queue):
+                if lane.puller is not None:
+                    puller, lane.puller = lane.puller, None
+                    await puller.close()
+            elif lane.puller is None:
                 lane.puller = await self._bus.consume(lane.queue, partial(self._on_delivery, lanes, lane))
                 lane.wanted = 0
         lanes.is_open = True
