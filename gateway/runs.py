@@ -54,9 +54,7 @@ class Runs:
         accepting = asyncio.create_task(self._accept(order), name="accept a run")
         try:
             async with feed:  # listening and accepting at the same time; both are here, in the gateway's own region
-                record, placement, created = await accepting
-                if created:
-                    self._send_soon(record)
+                record, placement, _ = await accepting
                 yield self._status(record, JobState.QUEUED, placement)
                 async with aclosing(self._follow(feed)) as items:
                     async for item in items:
@@ -67,7 +65,6 @@ class Runs:
     async def submit_run(self, order: RunOrder) -> tuple[RunStatus, bool]:
         record, placement, created = await self._accept(self._identified(order))
         if created:
-            self._send_soon(record)
             return self._status(record, JobState.QUEUED, placement), True
         return await self.run_status(record.tenant, record.id), False
 
@@ -86,6 +83,8 @@ class Runs:
             safe = run_record.is_safe_twice(order.program, self._placer.target)
             offered = run_record.record(order, region, self._clock.wall_s(), self._config.nats.job_keep_s, safe)
             record, created = await self._store.accept(offered)
+        if created:
+            self._send_soon(record)
         if record.digest != offered.digest:
             raise AlreadyExists("run.idempotency_key: was used before for another program or input")
         return record, placement, created

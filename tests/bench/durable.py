@@ -67,6 +67,14 @@ async def calls(client: Client, kind: "pb.Kind.ValueType" = pb.KIND_TOOL) -> Non
         n = (await client.execute(kind, "echo", {"n": n}))["n"] + 1
 
 
+def at(share: float) -> Callable[[Closed[Any]], float]:
+    return lambda done: done.ms(share)
+
+
+def ended(number: int) -> Callable[[SeenRun], float]:
+    return lambda seen: seen.steps[number][2]
+
+
 class Bench:
     def __init__(self, options: argparse.Namespace, contestants: dict[str, Once]) -> None:
         self._options = options
@@ -96,7 +104,7 @@ class Bench:
             print(f"\n{f'{in_flight} in flight':<18}{'a second':>10}{'p50 ms':>9}{'p99 ms':>9}{'beside Execute':>16}{'steps/s':>9}")
             for name in self._contestants:
                 rate = self.middle(name, in_flight, lambda done: done.per_s)
-                p50, p99 = (self.middle(name, in_flight, lambda done, share=share: done.ms(share)) for share in (0.5, 0.99))
+                p50, p99 = (self.middle(name, in_flight, at(share)) for share in (0.5, 0.99))
                 steps = rate * (1 if name == "run of 1" else STEPS)
                 failed = "".join(failures(done) for done in self.found[name, in_flight])
                 print(f"{name:<18}{rate:>10.1f}{p50:>9.2f}{p99:>9.2f}{self.beside(name, in_flight):>15.2f}x{steps:>9.0f}{failed}")
@@ -106,8 +114,8 @@ class Bench:
         runs: list[SeenRun] = [seen for done in self.found[f"run of {STEPS}", in_flight] for seen in done.results]
         took = [1000 * seconds for seen in runs for _, seconds, _ in seen.steps]
         apart = [1000 * (later[2] - one[2]) for seen in runs for one, later in zip(seen.steps, seen.steps[1:], strict=False)]
-        whole, single = (self.middle(name, in_flight, lambda done: done.ms(0.5)) for name in (f"run of {STEPS}", "run of 1"))
-        execute = [latency / STEPS for latency in (self.middle("Execute", in_flight, lambda done, s=s: done.ms(s)) for s in (0.5, 0.99))]
+        whole, single = (self.middle(name, in_flight, at(0.5)) for name in (f"run of {STEPS}", "run of 1"))
+        execute = [latency / STEPS for latency in (self.middle("Execute", in_flight, at(share)) for share in (0.5, 0.99))]
         added = (whole - single) / (STEPS - 1)
         print(f"\n{f'a durable step, {in_flight} in flight':<52}{'p50 ms':>9}{'p99 ms':>9}")
         for title, values in (
@@ -125,7 +133,7 @@ class Bench:
         marks: list[tuple[str, Callable[[SeenRun], float]]] = [
             ("accepted: stored durably", lambda seen: seen.accepted_s),
             ("a runner has it", lambda seen: seen.started_s),
-            *((f"step {n + 1} has ended", lambda seen, n=n: seen.steps[n][2]) for n in range(STEPS)),
+            *((f"step {number + 1} has ended", ended(number)) for number in range(STEPS)),
             ("all steps in the journal", lambda seen: seen.summary_s),
             ("result", lambda seen: seen.took_s),
         ]

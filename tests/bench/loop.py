@@ -19,12 +19,14 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter as now_s
 from typing import Any
 
 import uvloop
@@ -32,11 +34,12 @@ from tritonclient.grpc.aio import InferenceServerClient
 
 from gateway.client import NearloopClient
 from gateway.config import Config, parse
+from gateway.errors import Rejected
 from gateway.program.agent import PROTOCOL
 from gateway.up import Stack
 from nearloop.v1 import gateway_pb2 as pb
 from tests.bench.parts import ROOT, BenchError
-from tests.bench.run_client import Client, Closed, Others, SeenRun, Verdict, closed, failures, middle, now_s, progress, say_machine, until
+from tests.bench.run_client import Client, Closed, Others, SeenRun, Verdict, closed, failures, middle, progress, say_machine, until
 
 MODEL, TOOL = "agent", "linger"
 INSTANCES, ROWS, FIXED_MS, EACH_MS = 1, 16, 40.0, 2.0  # as in models/agent/config.pbtxt
@@ -44,6 +47,7 @@ FULL_PER_S = INSTANCES * ROWS * 1000 / (FIXED_MS + EACH_MS * ROWS)
 WORKERS = [("infer", "home"), ("tool", "home"), ("run", "home")]
 TARGET = 0.9
 SAMPLE_EVERY_S = 0.02
+AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Account:
 
 @dataclass(frozen=True)
 class Phase:
-    """busy: share of the wall time. queued: share of moments in which more agents waited for the model than an execution takes."""
+    """busy: share of the wall time. queued: share of moments in which more agents waited for the model than an execution takes.
+    refused: calls that clients had to repeat."""
 
     title: str
     busy: float
@@ -66,6 +71,7 @@ class Phase:
     rows_per_s: float
     loops: Closed[Any]
     queued: float | None = None
+    refused: int = 0
 
 
 class Bench:
@@ -75,6 +81,7 @@ class Bench:
         self._steps = steps
         self._triton = triton
         self._thinking = 0
+        self.refused = 0  # calls that a client had to repeat
         self.program = program(options)
         client.watch = self._watch
 
@@ -92,6 +99,7 @@ class Bench:
 
     async def phase(self, title: str, once: Callable[[], Awaitable[Any]], at_once: int, count_queue: bool = False) -> Phase:
         progress(title)
+        self.refused = 0
         accounts: list[Account] = []
         queued: list[bool] = []
 
@@ -106,27 +114,36 @@ class Bench:
 
         async with asyncio.TaskGroup() as group:
             group.create_task(watch())
-            loops = group.create_task(closed(once, at_once, self._options.warmup, self._options.seconds))
+            loops = group.create_task(closed(once, at_once, self._options.warmup, self._options.seconds, may_be_empty=True))
         before, after = accounts
         seconds, executions = after.at_s - before.at_s, after.executions - before.executions
         rows = after.rows - before.rows
         busy = (after.busy_s - before.busy_s) / (seconds * INSTANCES)
         waiting = sum(queued) / len(queued) if count_queue else None
-        return Phase(title, busy, rows / max(1, executions), rows / seconds, loops.result(), waiting)
+        return Phase(title, busy, rows / max(1, executions), rows / seconds, loops.result(), waiting, self.refused)
 
     async def drive(self) -> None:
-        """A loop as its client drives it, one call after the other. What is refused is tried again, as Nearloop's own client does."""
+        """A loop as its client drives it, one call after the other."""
         messages: list[Any] = [first_message(self._options)]
         tools = [{"name": TOOL, "description": "takes a while"}]
         while True:
             asked = {"protocol": PROTOCOL, "messages": messages, "tools": tools, "remaining": {"iterations": 10, "tokens": 1000}}
-            thought = (await self._steps.execute("infer", MODEL, asked)).json
+            thought = await self._asked("infer", MODEL, asked)
             if "answer" in thought:
                 return
             messages.append({"role": "assistant", "calls": thought["calls"]})
             for call in thought["calls"]:
-                output = (await self._steps.execute("tool", call["tool"], call["input"])).json
+                output = await self._asked("tool", call["tool"], call["input"])
                 messages.append({"role": "tool", "call": call["id"], "tool": call["tool"], "output": output})
+
+    async def _asked(self, kind: str, target: str, value: dict[str, Any]) -> Any:
+        """A refused call is tried again until it is taken, as a run does it: the loop is not lost."""
+        while True:
+            try:
+                return (await self._steps.execute(kind, target, value)).json
+            except Rejected as error:
+                self.refused += 1
+                await asyncio.sleep(max(AGAIN_S, error.retry_after_s or 0.0) * (0.5 + random.random()))
 
     async def run(self) -> SeenRun:
         return await self._client.run(self.program)
@@ -168,7 +185,9 @@ def line(phase: Phase, base: Phase) -> str:
     model = f"{phase.busy:>8.1%}{phase.rows_each:>10.1f}{phase.rows_per_s:>9.0f}{phase.rows_per_s / FULL_PER_S:>9.0%}"
     queued = "" if phase.queued is None else f"{phase.queued:.0%}"
     beside = f"{rate:>10.2f}{rate / base.loops.per_s:>9.1f}x"
-    return f"{phase.title:<22}{model}{beside}{loops.ms(0.5):>10.0f}{loops.ms(0.99):>9.0f}{queued:>8}{failures(loops)}"
+    return (
+        f"{phase.title:<22}{model}{beside}{loops.ms(0.5):>10.0f}{loops.ms(0.99):>9.0f}{queued:>8}{phase.refused or '':>9}{failures(loops)}"
+    )
 
 
 def stages(runs: list[SeenRun], calls: int) -> None:
@@ -186,7 +205,7 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
     shutil.copytree(Path(__file__).parent / "models" / MODEL, folder / MODEL, ignore=shutil.ignore_patterns("__pycache__"))
     os.environ["PYTHONPATH"] = str(ROOT)  # for the tool worker, which imports the tool from this package
     async with Stack(configuration(folder), workers=WORKERS) as stack:
-        client, steps = Client(stack.gateway_address), NearloopClient(stack.gateway_address)
+        client, steps = Client(stack.gateway_address), NearloopClient(stack.gateway_address, throttle=None)
         triton = InferenceServerClient(stack.config.triton.addresses[0])
         try:
             bench = Bench(options, client, steps, triton)
@@ -206,7 +225,7 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
                 ("p50 ms", 10),
                 ("p99 ms", 9),
             )
-            print(f"\n{'':<22}{''.join(f'{title:>{width}}' for title, width in columns)}{'queued':>8}", flush=True)
+            print(f"\n{'':<22}{''.join(f'{title:>{width}}' for title, width in columns)}{'queued':>8}{'refused':>9}", flush=True)
             many = options.agents
             plans = [
                 (f"{INSTANCES} blocking worker", bench.drive, INSTANCES),
@@ -239,6 +258,7 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
                 "loops_per_s": phase.loops.per_s,
                 "p50_ms": phase.loops.ms(0.5),
                 "p99_ms": phase.loops.ms(0.99),
+                "refused": phase.refused,
                 "failed": phase.loops.failed,
             }
             for phase in phases

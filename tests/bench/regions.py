@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from time import perf_counter as now_s
 from typing import Any
 
 import aiohttp
@@ -34,7 +35,7 @@ from gateway.up import Stack
 from nearloop.v1 import gateway_pb2 as pb
 from tests.bench.open_loop import percentile
 from tests.bench.parts import BenchError, Parts, wait_for_port
-from tests.bench.run_client import Client, Others, SeenRun, Verdict, middle, now_s, progress, say_machine, start_on_port, until
+from tests.bench.run_client import Client, Others, SeenRun, Verdict, middle, progress, say_machine, start_on_port, until
 
 HOME, FAR = "home", "iad"
 CALLS, ALLOWANCE_MS, SPREAD = 10, 15.0, 1.5
@@ -55,6 +56,8 @@ def configuration(api_url: str) -> Config:
             "gateway": {"listen": "127.0.0.1:0"},
             "auth": {"anonymous_tenant": "bench"},
             "tools": {"http": [{"name": TOOL, "method": "POST", "url": api_url}], "egress_allow": ["127.0.0.0/8"]},
+            # It changes nothing, and says so: a run waits for its journal only where repeating a call could do harm.
+            "targets": [{"kind": "tool", "name": TOOL, "read_only": True, "idempotent": True}],
         }
     )
 

@@ -49,9 +49,11 @@ class Closed(Generic[T]):
         return 1000 * percentile(self.latencies_s, share)
 
 
-async def closed(once: Callable[[], Awaitable[T]], in_flight: int, warmup_s: float, seconds: float) -> Closed[T]:
+async def closed(
+    once: Callable[[], Awaitable[T]], in_flight: int, warmup_s: float, seconds: float, may_be_empty: bool = False
+) -> Closed[T]:
     """`in_flight` clients that each call, wait for the end and call again. Counted is what ended in the last `seconds`; a call that
-    fails is counted apart and its client goes on."""
+    fails is counted apart and its client goes on. Raises BenchError when nothing ended, unless that may be."""
     start_s = now_s() + warmup_s
     end_s = start_s + seconds
     found: Closed[T] = Closed(seconds)
@@ -74,7 +76,7 @@ async def closed(once: Callable[[], Awaitable[T]], in_flight: int, warmup_s: flo
     async with asyncio.TaskGroup() as group:
         for _ in range(in_flight):
             group.create_task(loop())
-    if not found.latencies_s:
+    if not found.latencies_s and not may_be_empty:
         raise BenchError(f"nothing ended in the measured {seconds:g} s; {found.failed or 'nothing failed either'}")
     return found
 
