@@ -28,7 +28,7 @@ demo: $(READY) ## agents answer questions through the whole real path; ARGS='--a
 test: $(READY) ## the fast tests, on a real nats-server and a real Triton
 	$(BIN)/python -m pytest -q -m "not chaos" $(ARGS)
 
-chaos: $(READY) ## kill -9 of every part in mid-work, 300 jobs each
+chaos: $(READY) ## kill -9 of every part in mid-work, jobs and runs; a region cut off
 	$(BIN)/python -m pytest -q -m chaos $(ARGS)
 
 check: $(READY) ## ruff, mypy --strict, generated code fresh

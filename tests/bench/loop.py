@@ -247,6 +247,8 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
     stages(runs.loops.results, options.calls)
     print(f"\n{noise}")
     print(Verdict("Triton busy while work is queued, %", 100 * runs.busy, 100 * TARGET, False, "%").line())
+    share, rows = runs.rows_per_s / FULL_PER_S, runs.rows_each
+    print(f"of what full executions could do: {share:.0%}, with {rows:.1f} of {ROWS} rows in each: busy with small ones is not full use")
     print(f"loops a second, runs / one blocking worker for each instance: {runs.loops.per_s / base.loops.per_s:.1f}")
     if options.json:
         shown = [
