@@ -257,6 +257,9 @@ class Kernel:
             candidates = self._endpoints(flow.kind, flow.target)
             if any(endpoint.workers for endpoint in candidates):
                 self._routes[scope] = (now_s, candidates)
+            target = self.target(flow.kind, flow.target)
+            if target is not None and target.max_batch_size > 1:
+                self.permits.gate(scope).batch_slots(sum(endpoint.slots for endpoint in candidates))
         live = [replace(endpoint, inflight=self._sent[scope, endpoint.region]) for endpoint in candidates if endpoint.workers]
         if within := passage.step.regions:
             live = [endpoint for endpoint in live if endpoint.region in within]

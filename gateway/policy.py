@@ -182,7 +182,11 @@ class AdmissionPolicy(Protocol):
 
 
 class LimitPolicy(Protocol):
-    """How many steps of a scope may be in flight? Asked anew after each sample and change of parameters, not in between."""
+    """How many steps of a scope may be in flight? Asked anew after each sample and change of parameters, not in between.
+
+    `batch_slots(slots)`, where a policy has it, tells of a model that takes batches how many steps its live workers take together: as
+    many as fill a batch in each instance and another one that gathers meanwhile. 0 when nobody serves it.
+    """
 
     def limit(self, scope: str) -> int: ...
 

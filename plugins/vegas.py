@@ -78,6 +78,7 @@ class VegasConfig:
 class Vegas:
     def __init__(self, config: VegasConfig) -> None:
         self._config = config
+        self._batches = 0  # slots of workers that serve the scope in batches
         self._limit = float(config.initial)
         self._now = config.initial  # what limit() says: rounded, or the level of a probe
         self._starting = True
@@ -101,6 +102,14 @@ class Vegas:
     def reconfigure(self, config: VegasConfig) -> None:
         self._config, self._probe = config, None
         self._set(self._limit)
+
+    def batch_slots(self, slots: int) -> None:
+        """A fuller batch takes longer, which reads as a queue; cutting the limit for it makes batches small, and the rest wait."""
+        self._batches, self._probe = slots, None
+        self._set(self._limit)
+
+    def _least(self) -> int:
+        return min(max(self._config.min_limit, self._batches), self._config.max_limit)
 
     def on_sample(self, sample: Sample, now_s: float, random: float) -> None:
         if sample.ending is Ending.IGNORED:
@@ -184,7 +193,7 @@ class Vegas:
         self._set(self._limit * factor)
 
     def _set(self, limit: float) -> None:
-        self._limit = min(max(limit, float(self._config.min_limit)), float(self._config.max_limit))
+        self._limit = min(max(limit, float(self._least())), float(self._config.max_limit))
         if self._probe is None or self._now != self._probe.level:
             self._now = int(self._limit + 0.5)
 
@@ -244,7 +253,7 @@ class Vegas:
 
     def _start_probe(self, queue: float, round_trip_s: float, idle_s: float, now_s: float, random: float) -> None:
         self._probe_in = self._config.probe_windows * (0.5 + random / 2)
-        level = max(self._config.min_limit, int(_PROBE_LEVEL * (self._limit - queue)))
+        level = max(self._least(), int(_PROBE_LEVEL * (self._limit - queue)))
         if level < self._now:
             self._probe = Probe(level, self._now, round_trip_s, idle_s, self._deviation.value, now_s)
             self._now = level

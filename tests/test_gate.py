@@ -431,3 +431,14 @@ def test_counts_never_leak(script: list[tuple[str, int, int]], most: int, max_wa
         assert r.gate.waiting == len(waiting) <= max_waiting
         assert not waiting or r.gate.inflight == most, "nobody waits while there is room"
     assert not r.reports
+
+
+def test_the_slots_of_batches_reach_the_limits_that_want_to_know() -> None:
+    from plugins.vegas import Vegas, VegasConfig
+
+    r = rig(entry(Slot.LIMIT, Vegas, "vegas", VegasConfig(initial=4)), limit(50))
+    assert r.permits.gate("tool.echo").limit() == 4
+    r.permits.gate("tool.echo").batch_slots(32)
+    assert r.permits.gate("tool.echo").limit() == 32
+    r.permits.gate("tool.echo").batch_slots(64)
+    assert r.permits.gate("tool.echo").limit() == 50, "a fixed limit says what it said"

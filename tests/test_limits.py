@@ -300,3 +300,22 @@ def test_a_constant_changes_with_its_configuration_only() -> None:
 def test_wrong_parameters_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="must"):
         make()
+
+
+def test_vegas_leaves_batches_room_and_no_more_than_that() -> None:
+    """A model whose execution takes longer the more is in flight, as a batch does: only the workers' slots say that this is no queue."""
+    policy = Vegas(VegasConfig(initial=4, max_limit=100))
+    policy.batch_slots(32)
+    assert policy.limit(SCOPE) == 32
+    now_s = 0.0
+    for _ in range(200):
+        for _ in range(20):
+            now_s += 0.01
+            policy.on_sample(
+                replace(SAMPLE, round_trip_s=0.02 * policy.limit(SCOPE), service_s=0.0, inflight=policy.limit(SCOPE)), now_s, 0.5
+            )
+        assert policy.limit(SCOPE) >= 32
+    policy.batch_slots(0)
+    policy.reconfigure(VegasConfig(initial=4, max_limit=10))
+    policy.batch_slots(32)
+    assert policy.limit(SCOPE) == 10, "what an operator allows at most holds"

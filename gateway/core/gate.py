@@ -34,6 +34,7 @@ class Gate:
         self._contain = contain
         self._random = random
         self._limits = policies.all(Slot.LIMIT)
+        self._batch_slots = 0
         self._limit = 0  # as of the last sample or change of parameters; 0 while not asked
         self._backpressure = policies.all(Slot.BACKPRESSURE)
         self._ordering = policies.one(Slot.ORDERING)
@@ -55,6 +56,14 @@ class Gate:
                 smallest = min(smallest, self._contain.call(named, "limit", a_count, UNLIMITED, self.scope))
         self._limit = smallest
         return smallest
+
+    def batch_slots(self, slots: int) -> None:
+        """See `policy.LimitPolicy`."""
+        if slots != self._batch_slots:
+            self._batch_slots, self._limit = slots, 0
+            for named in self._limits:
+                if hasattr(named.policy, "batch_slots"):
+                    self._contain.call(named, "batch_slots", None, None, slots)
 
     def view(self, now_s: float) -> ScopeView:
         return ScopeView(

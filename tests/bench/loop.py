@@ -211,7 +211,8 @@ async def play(options: argparse.Namespace, folder: Path) -> int:
             bench = Bench(options, client, steps, triton)
 
             async def ends() -> bool:
-                return len((await bench.run()).steps) == 2 * options.calls + 1
+                steps: int = 2 * options.calls + 1
+                return len((await bench.run()).steps) == steps
 
             await until(ends, "a first run")
             phases = []
