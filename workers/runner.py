@@ -133,8 +133,7 @@ class ProgramExecutor:
                 if entries:
                     log.info("run %s: taken over with %d entries", step.id, len(entries))
                 await writer.fence()
-            await hearing
-            return await execution.go(entries)
+            return await execution.go(entries)  # what is sent before it is heard of is answered by its worker
         finally:
             hearing.cancel()
             heard = (await asyncio.gather(hearing, return_exceptions=True))[0]
