@@ -65,14 +65,15 @@ def _read(fields: dict[str, Any]) -> tuple[Event, Large | None]:
     return decode({**fields, "output": None}), Large(reference["value"], reference["bytes"])
 
 
-def completed_steps(entries: Sequence[bytes], shown_bytes: int) -> tuple[StepRecord, ...]:
-    """What completed, in the order in which it did; outputs above shown_bytes by their size alone."""
+def completed_steps(entries: Sequence[bytes], shown_bytes: int, all_bytes: int) -> tuple[StepRecord, ...]:
+    """What completed, in the order in which it did; an output above shown_bytes by its size alone, and so all once they have all_bytes."""
     found = []
     for data in entries:
         for event, large in read(data).events:
             if not isinstance(event, Completed):
                 continue
             size_bytes = large.size_bytes if large else len(json.dumps(event.output, separators=(",", ":"), ensure_ascii=False).encode())
-            shown = large is None and size_bytes <= shown_bytes
+            shown = large is None and size_bytes <= min(shown_bytes, all_bytes)
+            all_bytes -= size_bytes if shown else 0
             found.append(StepRecord(event.key, event.output if shown else None, 0 if shown else size_bytes))
     return tuple(found)

@@ -29,7 +29,9 @@ from gateway.types import Completed, JobState, Kind, Payload, Status, Step, Step
 
 log = logging.getLogger(__name__)
 SEND_AGAIN_S = (0.25, 5.0)  # first and longest pause
+SEND_FOR_S = 60.0
 SHOWN_OUTPUT_BYTES = 64 * 1024
+SHOWN_BYTES = 512 * 1024  # of the outputs of all completed steps of a run
 
 
 class Runs:
@@ -106,10 +108,14 @@ class Runs:
         task.add_done_callback(self._sending.discard)
 
     async def _send(self, record: RunRecord) -> None:
-        """Until it is stored. When this gateway dies or gives up first, a keeper sends it."""
+        """Until it is stored. When this gateway dies or gives up first, a keeper sends it, which looks before: the server knows a token
+        that it has had for two minutes only."""
         pause_s, most_s = SEND_AGAIN_S
-        while record.deadline_s > self._clock.wall_s():
+        give_up_s = min(record.deadline_s, self._clock.wall_s() + SEND_FOR_S)
+        while self._clock.wall_s() < give_up_s:
             try:
+                if pause_s > SEND_AGAIN_S[0] and await self._bus.result(record.tenant, record.id) is not None:
+                    return  # it was cancelled meanwhile
                 await self._store.send(record, record.region)
                 return
             except Unavailable as error:
@@ -145,7 +151,8 @@ class Runs:
         if found is not None or self._clock.wall_s() < deadline_s + self._config.nats.ack_wait_s:
             return found
         record = await self._store.find(tenant, run_id)
-        if record is not None:
+        # The record's own deadline: the same key can be asked for again with less patience.
+        if record is not None and self._clock.wall_s() >= record.deadline_s + self._config.nats.ack_wait_s:
             await self._bus.commit(expired(record), record.keep_s + 60)
         return await self._bus.result(tenant, run_id)
 
@@ -177,19 +184,21 @@ class Runs:
         """The cancelled result is committed first, so that exactly one of it and a runner's result stands."""
         record = await self._record(tenant, run_id)
         mark = await self._store.mark(tenant, record.id)
-        if await self._bus.commit(cancelled(record), record.keep_s + max(0.0, record.deadline_s - self._clock.wall_s()) + 60):
-            await self._withdraw(record, mark)
+        keep_s = record.keep_s + max(0.0, record.deadline_s - self._clock.wall_s()) + 60
+        if await self._bus.commit(cancelled(record), keep_s) and await self._withdraw(record, mark):
             await self._store.close_run(tenant, record.id)
         return await self.run_status(tenant, record.id)
 
-    async def _withdraw(self, record: RunRecord, mark: OpenRun | None) -> None:
-        """A region that does not answer finds out when it offers its result."""
-        regions = (mark.region, *mark.left) if mark else (record.region,)
+    async def _withdraw(self, record: RunRecord, mark: OpenRun | None) -> bool:
+        """False when a region does not answer: the run stays open for a keeper, which withdraws it there."""
+        regions, answered = (mark.region, *mark.left) if mark else (record.region,), True
         for region in regions:
             try:
                 await self._store.withdraw(record, region)
             except Unavailable as error:
                 log.debug("run %s could not be withdrawn from %s: %s", record.id, region, error.message)
+                answered = False
+        return answered
 
     async def _record(self, tenant: str, run_id: str) -> RunRecord:
         known = subjects.is_id(run_id) and subjects.job_region(run_id) in self._config.region_names
@@ -200,11 +209,15 @@ class Runs:
         return record
 
     async def _steps(self, record: RunRecord, region: str) -> tuple[StepRecord, ...]:
-        try:
-            entries = await self._store.journal(region, record.tenant, record.id, 0.0).read()
-        except Unavailable:
-            return ()
-        return completed_steps(entries, SHOWN_OUTPUT_BYTES)
+        """From where it is executed, else from where it was placed first: a runner far away writes there."""
+        for place in dict.fromkeys((region, record.region)):
+            try:
+                entries = await self._store.journal(place, record.tenant, record.id, 0.0).read()
+            except Unavailable:
+                continue
+            if entries:
+                return await asyncio.to_thread(completed_steps, entries, SHOWN_OUTPUT_BYTES, SHOWN_BYTES)
+        return ()
 
     def _status(self, record: RunRecord, state: JobState, placement: Placement | None = None) -> RunStatus:
         return RunStatus(

@@ -156,6 +156,35 @@ async def test_a_moved_run_is_open_until_its_old_region_has_given_the_token_back
     assert not world.store.queued
 
 
+async def test_one_run_that_cannot_be_looked_after_stops_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await world.accept()
+    other = replace(record, id="home-" + "1" * 32)
+    await world.store.accept(other)
+    find = world.store.find
+
+    async def unreadable(tenant: str, run_id: str) -> RunRecord | None:
+        if run_id == RUN_ID:
+            raise KeyError("region")
+        return await find(tenant, run_id)
+
+    monkeypatch.setattr(world.store, "find", unreadable)
+    await world.sweep(2)
+    assert ("iad", other.id) in world.store.queued
+
+
+async def test_an_ended_run_is_open_until_its_region_has_given_the_token_back(world: World) -> None:
+    record = await world.accept()
+    await world.store.send(record, "iad")
+    world.store.silent = {"iad"}
+    world.ends()
+    await world.sweep(3)
+    assert world.mark is not None
+    world.store.silent = set()
+    await world.sweep(40)
+    assert world.mark is None
+    assert not world.store.queued
+
+
 async def test_a_mark_without_a_record_goes_away(world: World) -> None:
     await world.accept()
     world.store.records.clear()

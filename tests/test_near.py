@@ -27,7 +27,7 @@ def settings(url: str, **more: object) -> Config:
                 "egress_allow": ["127.0.0.0/8"],
                 "http": [{"name": "fetch", "url": f"{url}/page", "method": "POST"}],
             },
-            "targets": [{"kind": "tool", "name": "fetch", "slots": 2, "timeout_s": 20} | more],
+            "targets": [{"kind": "tool", "name": "fetch", "slots": 2, "timeout_s": 20, "idempotent": True} | more],
         }
     )
 
@@ -76,6 +76,25 @@ async def test_it_takes_http_tools_and_leaves_functions_to_workers(near: NearToo
     assert not near.takes(step("unknown"))
     assert not near.takes(step(kind=Kind.INFER))
     assert not near.takes(step(stream=True))
+
+
+async def test_what_must_not_be_made_twice_is_left_to_workers(api: tuple[Api, str]) -> None:
+    tools = NearTools(settings(api[1], idempotent=False), "runner-1", CLOCK)
+    await tools.start()
+    try:
+        assert not tools.takes(step())
+    finally:
+        await tools.close()
+
+
+async def test_a_call_that_is_cancelled_before_it_began_gives_its_slot_back(near: NearTools) -> None:
+    for _ in range(3):
+        task = near.execute(step())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await asyncio.sleep(0)
+    assert near.takes(step())
 
 
 async def test_a_call_ends_with_its_output_and_who_made_it(near: NearTools, api: tuple[Api, str]) -> None:

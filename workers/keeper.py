@@ -28,6 +28,7 @@ AGAIN_S = 0.5  # until the second look at a region that did not answer
 YOUNG_S = 3.0  # a run's own gateway takes care of it first
 LONGEST_PAUSE_S = 60.0  # between two looks at a run that is well; one run of each region is looked at in every sweep
 MOST_AT_ONCE = 16
+TOKEN_KEPT_S = 120.0  # after the deadline of its run; a minute in its queue, and one more
 
 
 class Keeper:
@@ -73,7 +74,10 @@ class Keeper:
 
         async def look(run: OpenRun) -> None:
             async with places:
-                await self._look_after(run, silent)
+                try:
+                    await self._look_after(run, silent)
+                except Exception as error:  # one run that cannot be looked after must not stop the others
+                    log.warning("run %s could not be looked after: %s", run.id, type(error).__name__)
 
         await asyncio.gather(*(look(run) for run in self._due(runs)))
         self._silent = silent
@@ -158,12 +162,12 @@ class Keeper:
         await self._close(run, record)
 
     async def _close(self, run: OpenRun, record: RunRecord) -> None:
-        """Regions that the run was moved away from may still have its token. The mark stays until they have answered."""
+        """A region may still have its token, where it would be executed. The mark stays until all have answered, or the token is gone."""
         for region in (*run.left, run.region):
             try:
                 await self._store.withdraw(record, region)
             except Unavailable:
-                if region in run.left:
+                if self._clock.wall_s() < record.deadline_s + TOKEN_KEPT_S:
                     return
         await self._store.close_run(run.tenant, run.id)
         self.counts["closed"] += 1

@@ -67,12 +67,16 @@ class NearTools:
         if step.kind is not Kind.TOOL or step.stream:
             return False
         target = self._targets.get(step.target)
-        return target is not None and self._running[step.target] < target.slots and self._executor.ready(step.target)
+        if target is None or not (target.read_only or target.idempotent):  # one that is cut off in the middle is made again
+            return False
+        return self._running[step.target] < target.slots and self._executor.ready(step.target)
 
     def execute(self, step: Step) -> "asyncio.Task[StepResult]":
         """Ends with the result, whatever its status. Raises Unavailable when what is called cannot be reached."""
         self._running[step.target] += 1
-        return asyncio.get_running_loop().create_task(self._execute(step), name="near call")
+        task = asyncio.get_running_loop().create_task(self._execute(step), name="near call")
+        task.add_done_callback(lambda _: self._running.subtract([step.target]))  # also of one that was cancelled before it began
+        return task
 
     async def _execute(self, step: Step) -> StepResult:
         work = NearWork(step, self._region, self._clock)
@@ -93,8 +97,6 @@ class NearTools:
             return self._result(step, Status.EXPIRED, began_s, Payload(b""), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", message)
         except Exception as error:
             return self._failed(step, began_s, error)
-        finally:
-            self._running[step.target] -= 1
 
     def _failed(self, step: Step, began_s: float, error: Exception) -> StepResult:
         status, code, reason, message = failed_result(error)

@@ -117,7 +117,7 @@ class RunCalls:
             output = _output(completed.result.output)
         except NearloopError as error:
             self._steps.pop(start.key, None)
-            return self._failed(start, error, target, cost, began_s)
+            return self._failed(start, error, target, cost, began_s, again)
         self._steps.pop(start.key, None)
         result = completed.result
         event = Completed(start.key, start.attempt, output, cost, tokens)
@@ -197,9 +197,10 @@ class RunCalls:
             await self._sleep(wait_s)
             pause_s = min(2 * pause_s, RETRY_MOST_S)
 
-    def _failed(self, start: StartCall, error: NearloopError, target: Target | None, cost: float, began_s: float) -> Outcome:
-        """A step that was refused or never stored was not executed: it may be tried again whatever its target is."""
-        untouched = (isinstance(error, Rejected) and not isinstance(error, Denied)) or error.reason in _NOT_STORED
+    def _failed(self, start: StartCall, error: NearloopError, target: Target | None, cost: float, began_s: float, again: bool) -> Outcome:
+        """A step that was refused or never stored was not executed, unless another runner had it: it may be tried again whatever its
+        target is."""
+        untouched = not again and ((isinstance(error, Rejected) and not isinstance(error, Denied)) or error.reason in _NOT_STORED)
         safe = target is not None and (target.read_only or target.idempotent)
         retryable = untouched or (safe and error.code in _PASSING)
         event = Failed(start.key, start.attempt, error.code, error.reason, error.message, retryable, 0.0 if untouched else cost)

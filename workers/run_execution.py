@@ -23,7 +23,7 @@ from gateway.program.journal import Completed, Event, Failed, TimerFired
 from gateway.program.problems import RunFailed
 from gateway.run_types import RUN_EVENT, RunEvent, StepEnded, Summary, encode_event
 from gateway.types import Payload
-from workers.run_calls import Outcome, RunCalls
+from workers.run_calls import SHOWN_OUTPUT_BYTES, Outcome, RunCalls
 from workers.run_guesses import Guess, Guesses
 from workers.run_writer import JournalWriter
 
@@ -130,7 +130,9 @@ class RunExecution:
 
     def _tell_again(self, event: Event) -> None:
         if isinstance(event, Completed):
-            self._emit(StepEnded(event.key, event.key.partition("/")[0], event.attempt, event.output, replayed=True))
+            size_bytes = len(json.dumps(event.output, separators=(",", ":"), ensure_ascii=False).encode())
+            shown = (event.output, 0) if size_bytes <= SHOWN_OUTPUT_BYTES else (None, size_bytes)
+            self._emit(StepEnded(event.key, event.key.partition("/")[0], event.attempt, *shown, replayed=True))
             self._count(event)
         elif isinstance(event, Failed):
             node = event.key.partition("/")[0]

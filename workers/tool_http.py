@@ -189,7 +189,8 @@ class HttpTool:
         method, headers = self._section.method, dict(self._headers)
         extra = {"Idempotency-Key": step.idempotency_key, "traceparent": step.traceparent, "tracestate": step.tracestate}
         headers.update({name: value for name, value in extra.items() if value})
-        repeatable = self._idempotent or bool(step.idempotency_key)
+        # A key of the client's says that it may be repeated; that of a run's step was made by us, and says nothing.
+        repeatable = self._idempotent or (bool(step.idempotency_key) and not step.idempotency_key.startswith(f"{step.run}/"))
         mutated = False  # an earlier hop took a request that must not be repeated
         answered: Callable[[float], None] | None = self._answered
         for _ in range(_MAX_REDIRECTS + 1):
