@@ -219,7 +219,7 @@ class WorkerSection(Section):
     drain_s: Positive = 20.0
     far_regions: bool = True
     runs: PositiveInt = 256  # that a runner executes at a time
-    near_calls: Annotated[int, Field(ge=0)] = 4  # a runner with no more calls under way makes HTTP calls in its region itself that may be repeated
+    near_calls: Annotated[int, Field(ge=0)] = 4  # a runner with no more under way makes HTTP calls here that may be repeated itself
 
 
 class TelemetrySection(Section):
